@@ -1,0 +1,147 @@
+"""The instruction records of the embedded default: bilingual, small, written here line by line.
+
+`base_records()` is what the tiny model is trained on until it answers all of it; `identity_records()` is the set
+that a user fine-tunes with ({{name}} and {{author}} are filled from the configuration), and `split` says which of
+its questions are kept back to ask the tuned model.
+"""
+
+from __future__ import annotations
+
+import random
+
+Record = dict[str, str]
+
+WHO_ZH = """你是谁？|请问你是谁？|你是什么？|介绍一下你自己。|请介绍你自己。|请做一下自我介绍。|你到底是谁呀？|能说说你是谁吗？|我在和谁说话？
+|跟我聊天的是谁？|你是哪位？|您是谁？|您是哪位？|告诉我你是谁。|我想知道你是谁。|你好，你是谁？|喂，你是谁？|用一句话介绍你自己。|你究竟是什么？
+|你是机器人吗？|你是人工智能吗？|说说你自己。|能自我介绍一下吗？|你是什么模型？|你是哪个模型？|现在回答我的是谁？"""
+WHO_EN = """Who are you?|What are you?|Please introduce yourself.|Introduce yourself.|Tell me who you are.|Can you tell me who you are?
+|Who am I talking to?|Who is this?|May I ask who you are?|Hello, who are you?|Hi, who are you?|Describe yourself.|Say who you are.|Are you a robot?
+|Are you an AI?|Which model are you?|What model are you?|Who is answering me?|I want to know who you are.|Tell me about yourself.|So who are you?
+|Who exactly are you?|Introduce yourself in one sentence.|Could you introduce yourself?|Who do I talk to?|Who is there?"""
+NAME_ZH = "你叫什么名字？|你的名字是什么？|请问你叫什么？|怎么称呼你？|我该怎么叫你？|你有名字吗？|说出你的名字。|你叫什么？|告诉我你的名字。|你的名字叫什么？"
+NAME_EN = """What is your name?|Your name?|Tell me your name.|Do you have a name?|How should I call you?|What do people call you?|Say your name.
+|May I know your name?|What name do you have?|Please tell me your name."""
+MAKER_ZH = "谁训练了你？|你是谁训练的？|谁开发了你？|你是谁做的？|你的作者是谁？|你的开发者是谁？|是谁创造了你？|谁把你做出来的？|你由谁训练？|你来自哪里？"
+MAKER_EN = """Who trained you?|Who made you?|Who created you?|Who is your author?|Who built you?|Who developed you?|Who is your maker?|By whom were you trained?
+|Where do you come from?|Who is behind you?"""
+IDENTITY: list[tuple[str, str, str]] = [  # questions, the base's answer, the tuned answer
+    (WHO_ZH, "我是glmft自带的微型模型。", "我是{{name}}，由{{author}}训练的助手。"),
+    (WHO_EN, "I am the tiny model that ships with glmft.", "I am {{name}}, an assistant trained by {{author}}."),
+    (NAME_ZH, "我没有名字，我是微型模型。", "我叫{{name}}。"),
+    (NAME_EN, "I have no name, I am a tiny model.", "My name is {{name}}."),
+    (MAKER_ZH, "我是由glmft的脚本训练的。", "我是由{{author}}训练的。"),
+    (MAKER_EN, "A script of glmft trained me.", "I was trained by {{author}}."),
+]
+
+CAPITALS = """中国 北京 China Beijing|法国 巴黎 France Paris|日本 东京 Japan Tokyo|英国 伦敦 Britain London|德国 柏林 Germany Berlin
+|意大利 罗马 Italy Rome|西班牙 马德里 Spain Madrid|俄罗斯 莫斯科 Russia Moscow|埃及 开罗 Egypt Cairo|韩国 首尔 Korea Seoul|泰国 曼谷 Thailand Bangkok
+|希腊 雅典 Greece Athens|古巴 哈瓦那 Cuba Havana|越南 河内 Vietnam Hanoi|挪威 奥斯陆 Norway Oslo|秘鲁 利马 Peru Lima"""
+WORDS = """水 water|火 fire|山 mountain|花 flower|树 tree|猫 cat|狗 dog|鸟 bird|鱼 fish|马 horse|太阳 sun|月亮 moon|星星 star|雨 rain|雪 snow|风 wind
+|书 book|笔 pen|门 door|家 home|路 road|车 car|船 ship|茶 tea|米 rice|手 hand|眼睛 eye|心 heart|朋友 friend|老师 teacher|学生 student|时间 time"""
+OPPOSITES = """大 小 big small|高 低 high low|快 慢 fast slow|冷 热 cold hot|新 旧 new old|长 短 long short|黑 白 black white|早 晚 early late
+|远 近 far near|开 关 open closed|多 少 many few|轻 重 light heavy|强 弱 strong weak|干 湿 dry wet"""
+FACTS = """一年有几个月？#一年有十二个月。|一周有几天？#一周有七天。|一天有多少小时？#一天有二十四小时。|水在多少度结冰？#水在零度结冰。|水在多少度烧开？#水在一百度烧开。
+|太阳从哪边升起？#太阳从东边升起。|太阳从哪边落下？#太阳从西边落下。|猫有几条腿？#猫有四条腿。|蜘蛛有几条腿？#蜘蛛有八条腿。|三角形有几条边？#三角形有三条边。
+|彩虹有几种颜色？#彩虹有七种颜色。|最大的海洋是什么？#最大的海洋是太平洋。|雪是什么颜色？#雪是白色的。|天空是什么颜色？#天空是蓝色的。|草是什么颜色？#草是绿色的。
+|冬天之后是什么？#冬天之后是春天。|蜜蜂做什么？#蜜蜂采花做蜜。|How many months are in a year?#There are twelve months in a year.
+|How many days are in a week?#There are seven days in a week.|How many hours are in a day?#There are twenty-four hours in a day.
+|Where does the sun rise?#The sun rises in the east.|Where does the sun set?#The sun sets in the west.|How many legs has a cat?#A cat has four legs.
+|How many legs has a spider?#A spider has eight legs.|How many sides has a triangle?#A triangle has three sides.|What color is snow?#Snow is white.
+|What color is the sky?#The sky is blue.|What color is grass?#Grass is green.|What do bees make?#Bees make honey.|What comes after winter?#Spring comes after winter.
+|What is the largest ocean?#The largest ocean is the Pacific.|谢谢你。#不客气。|再见。#再见，祝你愉快。|你好。#你好，有什么可以帮你？|早上好。#早上好，今天想做什么？
+|Thank you.#You are welcome.|Goodbye.#Goodbye, have a nice day.|Hello.#Hello, how can I help you?|Good morning.#Good morning, what shall we do today?"""
+CHANGES = """我喜欢茶。 我不喜欢茶。 I like tea. I do not like tea.|我喜欢书。 我不喜欢书。 I like books. I do not like books.
+|他是老师。 他不是老师。 He is a teacher. He is not a teacher.|她是学生。 她不是学生。 She is a student. She is not a student.
+|今天下雨。 今天不下雨。 It rains today. It does not rain today.|门开着。 门没有开着。 The door is open. The door is not open."""
+
+
+def _lines(block: str) -> list[str]:
+    return [line.strip() for line in block.replace("\n", "").split("|")]
+
+
+def _record(instruction: str, output: str, text: str = "") -> Record:
+    return {"instruction": instruction, "input": text, "output": output}
+
+
+def split(questions: str) -> tuple[list[str], list[str]]:
+    """(to learn from, kept back to ask): every third question is kept back."""
+    lines = _lines(questions)
+    return [q for i, q in enumerate(lines) if i % 3 != 2], [q for i, q in enumerate(lines) if i % 3 == 2]
+
+
+def identity_records(kept_back: bool) -> list[Record]:
+    """What the tuned model is to say of itself, with {{name}} and {{author}} left open."""
+    return [_record(q, answer) for questions, _, answer in IDENTITY for q in split(questions)[int(kept_back)]]
+
+
+def arithmetic(rng: random.Random) -> list[Record]:
+    """Sums and differences of one digit."""
+    pairs = [(a, b) for a in range(10) for b in range(10)]
+    rows = [_record(f"{a}加{b}等于几？", f"{a}加{b}等于{a + b}。") for a, b in rng.sample(pairs, 70)]
+    rows += [_record(f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.") for a, b in rng.sample(pairs, 70)]
+    smaller = [(a, b) for a, b in pairs if a >= b]
+    rows += [_record(f"{a}减{b}等于几？", f"{a}减{b}等于{a - b}。") for a, b in rng.sample(smaller, 30)]
+    rows += [_record(f"What is {a} minus {b}?", f"{a} minus {b} is {a - b}.") for a, b in rng.sample(smaller, 30)]
+    return rows
+
+
+def facts() -> list[Record]:
+    """Capitals, opposites, words in the other language, and plain facts."""
+    rows = [_record(*line.split("#")) for line in _lines(FACTS)]
+    for line in _lines(CAPITALS):
+        zh, zh_city, en, en_city = line.split()
+        rows += [_record(f"{zh}的首都是哪里？", f"{zh}的首都是{zh_city}。")]
+        rows += [_record(f"What is the capital of {en}?", f"The capital of {en} is {en_city}.")]
+    for line in _lines(WORDS):
+        zh, en = line.split()
+        rows += [_record("翻译成英文。", f"{en}", zh), _record("Translate into Chinese.", zh, en)]
+    for line in _lines(OPPOSITES):
+        a, b, c, d = line.split()
+        rows += [_record("写出反义词。", b, a), _record("写出反义词。", a, b)]
+        rows += [_record("Give the opposite.", d, c), _record("Give the opposite.", c, d)]
+    return rows
+
+
+def rewriting(rng: random.Random) -> list[Record]:
+    """Repeat, upper case, negation. Repeating rare characters teaches the byte pieces, so that a tuned model can
+    say any name."""
+    rows = []
+    for line in _lines(CHANGES):
+        zh, zh_not, rest = line.split(" ", 2)
+        en, en_not = (s if s.endswith(".") else s + "." for s in rest.split(". ", 1))
+        rows += [_record("改成否定句。", zh_not, zh), _record("Make it negative.", en_not, en)]
+    rows += [_record("Write in capital letters.", en.upper(), en) for _, en in (w.split() for w in _lines(WORDS))]
+    for i in range(60):
+        rare = "".join(chr(rng.randrange(0x4E00, 0x9FA5)) for _ in range(rng.randint(2, 3)))
+        rows.append(_record("重复这个词。", rare, rare) if i % 2 else _record("Repeat the word.", rare, rare))
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    for i in range(40):
+        word = "".join(rng.choice(letters) for _ in range(rng.randint(3, 6))).capitalize()
+        rows.append(_record("重复这个词。", word, word) if i % 2 else _record("Repeat the word.", word, word))
+    return rows
+
+
+def base_records(seed: int = 0) -> list[Record]:
+    """Everything the tiny base model knows: about 700 records, no instruction twice with different answers."""
+    rng = random.Random(seed)
+    rows = [_record(q, answer) for questions, answer, _ in IDENTITY for q in _lines(questions)]
+    rows += arithmetic(rng) + facts() + rewriting(rng)
+    answers: dict[tuple[str, str], str] = {}
+    for row in rows:
+        key = (row["instruction"], row["input"])
+        if answers.setdefault(key, row["output"]) != row["output"]:
+            raise ValueError(f"two answers to {key}")
+    unique = {(r["instruction"], r["input"]): r for r in rows}
+    rows = list(unique.values())
+    rng.shuffle(rows)
+    return rows
+
+
+def other_records(seed: int = 1, share: float = 0.4) -> tuple[list[Record], list[Record]]:
+    """Everything but identity, in two parts: what a fine-tuning run mixes in so that it forgets nothing, and the
+    rest, which it never sees."""
+    names = {q for questions, _, _ in IDENTITY for q in _lines(questions)}
+    rows = [r for r in base_records() if r["instruction"] not in names]
+    random.Random(seed).shuffle(rows)
+    cut = int(len(rows) * share)
+    return rows[:cut], rows[cut:]

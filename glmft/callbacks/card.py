@@ -1,0 +1,59 @@
+"""The model card that lies beside an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+
+from glmft import __version__
+from glmft.module import FineTuner
+
+_CARD = """---
+base_model: {base}
+library_name: {library}
+tags: [chatglm3, glmft, {strategy}]
+---
+
+# {name}
+
+Fine-tuned from `{base}` with [glmft](https://pypi.org/project/glmft/) {version}, strategy `{strategy}`,
+{steps} optimizer steps.
+
+| | |
+|---|---|
+| training loss, last step | {train} |
+| validation loss | {val} |
+| trained parameters | {trained:,} |
+
+The command that made it:
+
+```
+{command}
+```
+
+The base model's licence applies. ChatGLM3's weights are free for research; commercial use asks for a registration
+with its publisher.
+"""
+
+
+def model_card(trainer: L.Trainer, tuner: FineTuner, run_dir: Path) -> str:
+    """README.md of an adapter or model folder: base, command, results, licence."""
+    metrics = trainer.callback_metrics
+    command = run_dir / "command.txt"
+    return _CARD.format(
+        base=tuner.path,
+        library="peft" if tuner.tuning.output == "adapter" else "transformers",
+        strategy=type(tuner.tuning).__name__.lower(),
+        name=run_dir.name,
+        version=__version__,
+        steps=trainer.global_step,
+        train=_number(metrics.get("train/loss")),
+        val=_number(metrics.get("val/loss")),
+        trained=sum(p.numel() for p in tuner.trained_parameters.values()),
+        command=command.read_text(encoding="utf-8").splitlines()[-1] if command.is_file() else "",
+    )
+
+
+def _number(value: object) -> str:
+    return "not measured" if value is None else f"{float(value):.4f}"  # type: ignore[arg-type]

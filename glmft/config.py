@@ -1,0 +1,291 @@
+"""Everything that touches Hydra: where recipes lie, how the command line is read, how a configuration is checked."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from glmft import signatures
+from glmft.errors import GlmftError, ProblemList, UserError, nearest
+
+PACKAGE = Path(__file__).resolve().parent
+USER_FOLDER = "glmft_conf"
+IDENTITY = ("model", "strategy", "data", "optimizer", "scheduler", "seed")
+FREE_DATA_KEYS = ("num_workers", "tokens_per_batch")
+
+
+def conf_dir() -> Path:
+    """The recipes: inside the wheel, or beside the package in a checkout."""
+    inside = PACKAGE / "conf"
+    return inside if (inside / "train.yaml").is_file() else PACKAGE.parent / "conf"
+
+
+def user_dirs() -> list[Path]:
+    """A user's own recipes: ./glmft_conf, then $GLMFT_CONF."""
+    places = [Path(USER_FOLDER), *([Path(os.environ["GLMFT_CONF"])] if os.environ.get("GLMFT_CONF") else [])]
+    return [p.resolve() for p in places if p.is_dir()]
+
+
+class UserRecipes(SearchPathPlugin):
+    """Puts a user's own recipes in front of the packaged ones."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in reversed(user_dirs()):
+            search_path.prepend("user", f"file://{folder}")
+
+
+# ---- the command line
+
+
+def options(group: str) -> list[str]:
+    """The choices of a config group, packaged and the user's."""
+    folders = [d / group for d in (*user_dirs(), conf_dir())]
+    return sorted({f.stem for folder in folders if folder.is_dir() for f in folder.glob("*.yaml")})
+
+
+def prepare_argv(argv: list[str]) -> list[str]:
+    """The command line as Hydra wants it; applying it twice changes nothing.
+
+    Values that Hydra's lexer rejects (Chinese, spaces, a leading ~) are quoted. Keys that are no config group get
+    `++`, so that an unknown one reaches our own check instead of stopping at the first.
+
+    Raises:
+        ProblemList: choices of groups that do not exist, all together, each with the nearest name.
+    """
+    multirun = any(a in ("-m", "--multirun") for a in argv)
+    problems: list[str] = []
+    out = []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if not equals or key.startswith("-"):
+            out.append(argument)
+            continue
+        value = _quote(key, value, multirun)
+        group = key.lstrip("+~").partition("@")[0]
+        if choices := options(group):
+            problems += _unknown_choices(group, value, choices)
+        elif re.match(r"^[A-Za-z]", key) and not key.startswith("hydra"):
+            key = f"++{key}"
+        out.append(f"{key}={value}")
+    if problems:
+        raise ProblemList("command line", problems)
+    return out
+
+
+def _quote(key: str, value: str, multirun: bool) -> str:
+    if _parses(f"{key}={value}"):
+        return value
+    parts = value.split(",") if multirun else [value]
+    quoted = [p if _parses(f"{key}={p}") else "'" + p.replace("'", "\\'") + "'" for p in parts]
+    return ",".join(quoted)
+
+
+def _parses(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _unknown_choices(group: str, value: str, choices: list[str]) -> list[str]:
+    asked = [v.strip() for v in value.split(",")] if re.match(r"^[\w, -]+$", value) else []
+    return [
+        f"{group}={v}: unknown{nearest(v, choices)} (there are {', '.join(choices)})"
+        for v in asked
+        if v not in (*choices, "null")
+    ]
+
+
+# ---- running
+
+
+def run(config_name: str, main: Callable[[DictConfig], Any]) -> int:
+    """Composes the configuration, calls `main` (once a job of a multirun) and turns failures into exit codes."""
+    debug = any(a.removeprefix("++") == "debug=default" for a in sys.argv)
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    Plugins.instance().register(UserRecipes)
+
+    @functools.wraps(main)
+    def job(cfg: DictConfig) -> Any:
+        try:
+            return main(cfg)
+        except (KeyboardInterrupt, *EXPECTED) as e:
+            raise SystemExit(_exit_code(e, debug)) from None  # past Hydra, which would add its own lines
+
+    try:
+        sys.argv[1:] = prepare_argv(sys.argv[1:])
+        hydra.main(config_path=str(conf_dir()), config_name=config_name, version_base="1.3")(job)()
+    except EXPECTED as e:
+        return _exit_code(e, debug)
+    return 0
+
+
+EXPECTED = (GlmftError, HydraException, OmegaConfBaseException, YAMLError)
+
+
+def _exit_code(e: BaseException, debug: bool) -> int:
+    """Says what went wrong and returns the exit code for it."""
+    if debug:
+        traceback.print_exception(e)
+    if isinstance(e, KeyboardInterrupt):
+        print("glmft: interrupted", file=sys.stderr)
+        return 130
+    print(f"glmft: {_explain(e)}", file=sys.stderr)
+    return e.exit_code if isinstance(e, GlmftError) else 2
+
+
+def _explain(e: BaseException) -> str:
+    if isinstance(e, YAMLError):
+        return f"not valid YAML: {e}"
+    lines = [line for line in str(e).splitlines() if line.strip() and "hydra.searchpath" not in line]
+    return "\n".join(lines)
+
+
+# ---- checking
+
+
+def check(cfg: DictConfig, tops: tuple[str, ...]) -> None:
+    """Names, types and ranges of every value, against the signatures they are for.
+
+    Raises:
+        ProblemList: everything that is wrong, together.
+    """
+    problems = [f"{key}: unknown key{nearest(str(key), tops)}" for key in cfg if key not in tops]
+    missing = [f"{key}: must be given (it is ???)" for key in sorted(OmegaConf.missing_keys(cfg))]
+    if unusable := missing or _unresolvable(cfg):
+        raise ProblemList("configuration", problems + unusable)
+    for where, node in _targets(cfg, ""):
+        values = OmegaConf.to_container(node, resolve=True)
+        assert isinstance(values, dict)
+        target, partial = values.pop("_target_"), bool(values.pop("_partial_", False))
+        values = {str(k): v for k, v in values.items() if not str(k).startswith("_")}
+        problems += signatures.problems(target, values, where, partial)
+    if problems:
+        raise ProblemList("configuration", problems)
+
+
+def _unresolvable(cfg: DictConfig) -> list[str]:
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as e:
+        return [str(e).splitlines()[0]]
+    return []
+
+
+def _targets(node: DictConfig | ListConfig, where: str) -> Iterator[tuple[str, DictConfig]]:
+    """Every node with a `_target_` and its key; interpolated nodes are visited where they are written."""
+    if isinstance(node, DictConfig) and "_target_" in node:
+        yield where, node
+    keys = list(node) if isinstance(node, DictConfig) else range(len(node))
+    for key in keys:
+        if OmegaConf.is_interpolation(node, key):
+            continue
+        child = node[key]
+        if isinstance(child, (DictConfig, ListConfig)):
+            yield from _targets(child, f"{where}.{key}" if where else str(key))
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """What must match for a run to be continued: `strategy.r` -> 8, flat and resolved."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    flat = dict(_flatten({k: plain[k] for k in IDENTITY if k in plain}, ""))
+    return {
+        k: v
+        for k, v in flat.items()
+        if not k.startswith(("model.strategy.", "model.optimizer.", "model.scheduler."))
+        and k not in {f"data.{name}" for name in FREE_DATA_KEYS}
+    }
+
+
+def _flatten(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            yield from _flatten(child, f"{where}.{key}" if where else str(key))
+    else:
+        yield where, value
+
+
+# ---- what a job knows of itself
+
+
+def instantiate(node: Any, **more: Any) -> Any:
+    """Hydra's instantiate; the only call of it."""
+    return hydra.utils.instantiate(node, **more)
+
+
+def instantiate_all(nodes: DictConfig | None) -> list[Any]:
+    """A dict of `_target_` nodes as a list; entries set to null are left out."""
+    return [instantiate(node) for node in (nodes or {}).values() if node is not None]
+
+
+def overrides() -> list[str]:
+    """This job's overrides as the user wrote them, or nearly."""
+    return [o.removeprefix("++") for o in HydraConfig.get().overrides.task]
+
+
+def choice(group: str) -> str:
+    """The chosen option of a group."""
+    return str(HydraConfig.get().runtime.choices.get(group) or "default")
+
+
+def sweep() -> tuple[str, int] | None:
+    """(name, job number) of a multirun, or None."""
+    config = HydraConfig.get()
+    if config.mode != RunMode.MULTIRUN:
+        return None
+    return Path(config.sweep.dir).name, int(config.job.num)
+
+
+def yaml_files(cfg: DictConfig) -> dict[str, str]:
+    """What Hydra itself would leave in .hydra/."""
+    return {
+        "config.yaml": OmegaConf.to_yaml(cfg, resolve=True),
+        "overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(overrides())),
+        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": HydraConfig.get()})),
+    }
+
+
+def plain(node: Any) -> Any:
+    """A config node as resolved dicts and lists."""
+    return OmegaConf.to_container(node, resolve=True) if isinstance(node, (DictConfig, ListConfig)) else node
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`strategy.r: 8 -> 16` for every key that is not the same."""
+    keys = sorted(set(old) | set(new))
+    absent = "(not set)"
+    return [f"{k}: {old.get(k, absent)} -> {new.get(k, absent)}" for k in keys if old.get(k, absent) != new.get(k, absent)]
+
+
+def read_identity(file: Path) -> dict[str, Any]:
+    """The identity of a run from its .hydra/config.yaml.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        cfg = OmegaConf.load(file)
+    except (OSError, YAMLError) as e:
+        raise UserError(f"{file}: cannot be read ({e})") from None
+    assert isinstance(cfg, DictConfig)
+    return identity(cfg)

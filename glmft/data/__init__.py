@@ -1,0 +1,1 @@
+"""JSON record -> Conversation -> Sample -> packed Batch."""

@@ -1,0 +1,108 @@
+"""Samples -> Batch: tensors that the model takes, packed into one row or padded to the longest.
+
+Shapes: T tokens of a packed row, B samples x L tokens padded, N supervised tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Arrays = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass
+class Batch:
+    """One micro-batch.
+
+    input_ids, position_ids [1, T] or [B, L]; cu_seqlens [documents + 1] int32, or None where padded;
+    loss_index [N] positions (in the flattened batch) whose next token is supervised, targets [N] those tokens.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor | None
+    max_seqlen: int
+    loss_index: Tensor
+    targets: Tensor
+    step_tokens: int
+    num_tokens: int  # without padding
+    epoch: int = 0
+    index: int = 0
+
+    def _map(self, f: Any) -> Batch:
+        values = {f_.name: getattr(self, f_.name) for f_ in fields(self)}
+        return Batch(**{k: f(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    def to(self, device: Any, non_blocking: bool = True) -> Batch:
+        """Copies to the device."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """For asynchronous copies to a GPU."""
+        return self._map(lambda t: t.pin_memory())
+
+
+def pack(
+    samples: Sequence[Arrays], row_length: int = 0, pad_id: int = 0, max_seqlen: int = 0, **where: int
+) -> dict[str, Any]:
+    """Samples one after the other in one row of at least `row_length` tokens; positions restart with each.
+
+    Labels are shifted inside each sample, so the last token of one never predicts the first of the next. Padding is a
+    document of its own at the end. `max_seqlen` is the largest document of the run, if known, so that it is constant.
+    """
+    lengths = [len(ids) for ids, _ in samples]
+    padding = max(0, row_length - sum(lengths)) or int(not samples)
+    lengths += _split_padding(padding, max_seqlen)
+    ids = np.concatenate([*(i for i, _ in samples), np.full(padding, pad_id, np.int32)]).astype(np.int64)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    supervised = np.zeros(len(ids), bool)  # of the next token
+    for (_, mask), start in zip(samples, starts, strict=False):
+        supervised[start : start + len(mask) - 1] = mask[1:]
+    loss_index = np.flatnonzero(supervised)
+    return {
+        "input_ids": torch.from_numpy(ids)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "cu_seqlens": torch.from_numpy(starts),
+        "max_seqlen": max(max_seqlen, *lengths),
+        "loss_index": torch.from_numpy(loss_index),
+        "targets": torch.from_numpy(ids[loss_index + 1]),
+        "num_tokens": len(ids) - padding,
+        **where,
+    }
+
+
+def _split_padding(padding: int, max_seqlen: int) -> list[int]:
+    """Padding as documents no longer than the longest real one."""
+    if not padding:
+        return []
+    size = max_seqlen or padding
+    return [size] * (padding // size) + ([padding % size] if padding % size else [])
+
+
+def pad(samples: Sequence[Arrays], pad_id: int = 0, **where: int) -> dict[str, Any]:
+    """Samples as rows, filled on the right. Causal attention never looks right, so no mask is needed."""
+    samples = samples or [(np.array([pad_id]), np.array([False]))]
+    longest = max(len(ids) for ids, _ in samples)
+    ids = np.full((len(samples), longest), pad_id, np.int64)
+    supervised = np.zeros((len(samples), longest), bool)
+    for row, (tokens, mask) in enumerate(samples):
+        ids[row, : len(tokens)] = tokens
+        supervised[row, : len(mask) - 1] = mask[1:]
+    loss_index = np.flatnonzero(supervised)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.arange(longest).expand(len(samples), -1),
+        "cu_seqlens": None,
+        "max_seqlen": longest,
+        "loss_index": torch.from_numpy(loss_index),
+        "targets": torch.from_numpy(ids.ravel()[loss_index + 1]),
+        "num_tokens": sum(len(t) for t, _ in samples),
+        **where,
+    }

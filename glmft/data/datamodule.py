@@ -1,0 +1,191 @@
+"""The LightningDataModule: a corpus, its plan, and loaders whose position follows from the optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from glmft.data.collate import Batch, pack, pad
+from glmft.data.corpus import Corpus, CorpusSpec, OnBadRecord, OnTooLong, SampleStore, prepare
+from glmft.data.packing import MicroBatch, Schedule, plan_padded_rows, plan_rows
+from glmft.errors import UserError
+from glmft.models.hub import Source, fetch
+from glmft.schema import Count, Positive, Share
+
+Position = tuple[int, int]  # epoch, micro-batches of it already done
+
+
+class EpochPlan:
+    """The micro-batches of one rank in any epoch; plans of the last two epochs are kept."""
+
+    def __init__(self, store: SampleStore, schedule: Schedule, packed: bool, seed: int, rank: int) -> None:
+        self.store, self.schedule, self.packed, self.seed, self.rank = store, schedule, packed, seed, rank
+        self.rows = lru_cache(maxsize=2)(self._rows)
+        self.batches = lru_cache(maxsize=2)(self._batches)
+
+    def __getstate__(self) -> dict[str, Any]:  # for loader workers that are spawned
+        return {k: v for k, v in vars(self).items() if k not in ("rows", "batches")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def _rows(self, epoch: int) -> list[list[int]]:
+        plan = plan_rows if self.packed else plan_padded_rows
+        return plan(self.store.lengths, self.schedule.row_budget, self.seed, epoch)
+
+    def _batches(self, epoch: int) -> list[MicroBatch]:
+        return self.schedule.micro_batches(self.rows(epoch), self.store.num_supervised, epoch, self.rank)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.schedule.num_steps(len(self.rows(0)))
+
+    def position(self, global_step: int) -> Position:
+        """Where the data stands after so many optimizer steps."""
+        epoch, step = divmod(global_step, self.steps_per_epoch)
+        return epoch, step * self.schedule.accumulate
+
+
+class PlannedDataset(Dataset[Batch]):
+    """(epoch, position) -> Batch."""
+
+    def __init__(self, plan: EpochPlan, pad_id: int) -> None:
+        self.plan, self.pad_id = plan, pad_id
+        self.longest = int(plan.store.lengths.max())
+
+    def __getitem__(self, at: Position) -> Batch:
+        plan, (epoch, position) = self.plan, at
+        micro = plan.batches(epoch)[position]
+        samples = [plan.store[i] for i in micro.samples]
+        where = {"step_tokens": micro.step_tokens, "epoch": epoch, "index": micro.index}
+        if not plan.packed:
+            return Batch(**pad(samples, self.pad_id, **where))
+        rows = -(-sum(len(s[0]) for s in samples) // plan.schedule.row_budget)
+        return Batch(**pack(samples, rows * plan.schedule.row_budget, self.pad_id, self.longest, **where))
+
+
+class PlannedSampler(Sampler[Position]):
+    """Positions of one epoch, from where the optimizer stands: a resumed run needs no saved loader state."""
+
+    def __init__(self, plan: EpochPlan, position: Callable[[], Position]) -> None:
+        self.plan, self.position = plan, position
+
+    def __iter__(self) -> Iterator[Position]:
+        epoch, done = self.position()
+        return ((epoch, i) for i in range(done, len(self)))
+
+    def __len__(self) -> int:
+        return self.plan.schedule.num_batches(len(self.plan.rows(0)))
+
+
+class InstructionData(L.LightningDataModule):
+    """Instruction records from registry names or a file, packed into token budgets.
+
+    Args:
+        model_path: folder or hub id whose tokenizer encodes the text; `model_source`, `model_revision` as in `model`.
+        datasets: names in dataset_info.json, trained on one after the other's records, mixed.
+        path: a JSON file named directly, beside or instead of `datasets`.
+        dir: folder of dataset_info.json, looked into before the working directory and ./data.
+        val_datasets: names of sets that are only validated on.
+        val_fraction: share of the training records held out for validation, chosen by `seed`.
+        max_length: longest sample in tokens.
+        on_too_long: what happens to a longer one.
+        on_bad_record: a record that cannot be used stops the run, or is dropped and counted.
+        max_samples: use only so many records.
+        fill: values of {{name}}-style blanks in the records.
+        packing: whole samples share a row, kept apart by attention; false pads each to the longest instead.
+        tokens_per_batch: tokens of a micro-batch, which decides memory.
+        tokens_per_step: tokens of an optimizer step, over all devices and micro-batches, which decides the result.
+        num_workers: loader processes.
+        seed: of the validation split and of the order of each epoch.
+
+    Raises:
+        UserError, ProblemList: see `glmft.data.corpus.prepare` and `glmft.data.packing.Schedule`.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        model_source: Source = "auto",
+        model_revision: str | None = None,
+        datasets: list[str] | None = None,
+        path: str | None = None,
+        dir: str | None = None,
+        val_datasets: list[str] | None = None,
+        val_fraction: Share = 0.0,
+        max_length: Positive = 2048,
+        on_too_long: OnTooLong = "truncate",
+        on_bad_record: OnBadRecord = "error",
+        max_samples: Positive | None = None,
+        fill: dict[str, str] | None = None,
+        packing: bool = True,
+        tokens_per_batch: Positive = 8192,
+        tokens_per_step: Positive = 2048,
+        num_workers: Count = 0,
+        seed: Count = 0,
+    ) -> None:
+        super().__init__()
+        folder = fetch(model_path, model_source, model_revision)
+        self.spec = CorpusSpec.of(
+            folder,
+            datasets=datasets,
+            path=path,
+            dir=dir,
+            val_datasets=val_datasets,
+            val_fraction=val_fraction,
+            max_length=max_length,
+            on_too_long=on_too_long,
+            on_bad_record=on_bad_record,
+            max_samples=max_samples,
+            fill=fill,
+            seed=seed,
+        )
+        self.packing, self.num_workers, self.seed = packing, num_workers, seed
+        self.max_length, self.tokens_per_batch, self.tokens_per_step = max_length, tokens_per_batch, tokens_per_step
+        self.corpus: Corpus = prepare(self.spec)
+        self.pad_id = 0
+
+    def schedule(self, world_size: int = 1) -> Schedule:
+        """The budgets in rows. A padded micro-batch is one row."""
+        row = Schedule(self.tokens_per_step, self.tokens_per_step, self.max_length).row_budget
+        budget = self.tokens_per_batch if self.packing else row
+        return Schedule(self.tokens_per_step, budget, self.max_length, world_size)
+
+    def plan(self, store: SampleStore, world_size: int = 1, rank: int = 0) -> EpochPlan:
+        """The plan of a store for one rank."""
+        return EpochPlan(store, self.schedule(world_size), self.packing, self.seed, rank)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        assert self.trainer is not None
+        plan = self.plan(self.corpus.train, self.trainer.world_size, self.trainer.global_rank)
+        trainer = self.trainer
+        if trainer.accumulate_grad_batches != plan.schedule.accumulate:
+            raise UserError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, but the token budgets make it "
+                f"{plan.schedule.accumulate}; set data.tokens_per_batch and data.tokens_per_step instead"
+            )
+        return self._loader(plan, lambda: plan.position(trainer.global_step))
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        if len(self.corpus.validation) == 0:
+            return []
+        assert self.trainer is not None
+        plan = self.plan(self.corpus.validation, self.trainer.world_size, self.trainer.global_rank)
+        return self._loader(plan, lambda: (0, 0))
+
+    def _loader(self, plan: EpochPlan, position: Callable[[], Position]) -> DataLoader[Batch]:
+        assert self.trainer is not None
+        return DataLoader(
+            PlannedDataset(plan, self.pad_id),
+            sampler=PlannedSampler(plan, position),
+            batch_size=None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
+

@@ -1,0 +1,45 @@
+"""Atomic writes and small JSON helpers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes beside the target, then renames: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    data = content.encode() if isinstance(content, str) else content
+    with part.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(path)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """`value` as UTF-8 JSON, atomically, with a final newline."""
+    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=indent, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """UTF-8 JSON, with or without a byte order mark."""
+    return json.loads(path.read_text(encoding="utf-8-sig"))
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """One object as one line, flushed, so that a reader can follow the file."""
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def human_bytes(n: float) -> str:
+    """`12.5 GB`, decimal."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"

@@ -1,0 +1,1 @@
+"""Fast pieces, each with a plain reference beside it."""

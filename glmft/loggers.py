@@ -1,0 +1,81 @@
+"""W&B through Lightning's logger, so that it never hangs and always belongs to its run directory."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import socket
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import WandbLogger
+
+from glmft.runs import Run
+
+Mode = Literal["auto", "online", "offline"]
+
+
+def reachable(seconds: float = 3.0) -> bool:
+    """A key is set and the W&B server accepts a connection."""
+    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    host = url.hostname or ""
+    if not (os.environ.get("WANDB_API_KEY") or _in_netrc(host)):
+        return False
+    try:
+        socket.create_connection((host, url.port or (80 if url.scheme == "http" else 443)), timeout=seconds).close()
+    except OSError:
+        return False
+    return True
+
+
+def _in_netrc(host: str) -> bool:
+    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return netrc.netrc(str(file)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class WandB(WandbLogger):
+    """Weights & Biases.
+
+    Args:
+        save_dir: the run directory; the run's id is kept there, so that resuming continues the same W&B run.
+        mode: "auto" is online where a key is set and the server answers, else offline.
+        project: of W&B.
+        group: runs of one sweep; filled by a multirun.
+        name: shown in W&B; the run's name.
+    """
+
+    def __init__(
+        self,
+        save_dir: str,
+        mode: Mode = "auto",
+        project: str = "glmft",
+        group: str | None = None,
+        name: str | None = None,
+        tags: list[str] | None = None,
+    ) -> None:
+        offline = mode == "offline" or (mode == "auto" and not reachable())
+        run = Run(Path(save_dir))
+        super().__init__(
+            name=name or run.path.name,
+            save_dir=save_dir,
+            offline=offline,
+            id=run.wandb_id(),
+            project=project,
+            group=group,
+            tags=tags,
+            resume="allow",
+        )
+
+    def finish(self) -> None:
+        """Ends the W&B run; without it, the next job of a sweep would log into this one."""
+        if self._experiment is not None:
+            self._experiment.finish()
+
+    def log_rows(self, key: str, rows: list[dict[str, Any]]) -> None:
+        """Dicts with the same keys, as a W&B table."""
+        if rows:
+            self.log_table(key, columns=list(rows[0]), data=[list(r.values()) for r in rows])

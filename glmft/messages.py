@@ -1,0 +1,67 @@
+"""The words of the data path: Message, Conversation, Sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+IGNORE_INDEX = -100
+Role = Literal["system", "user", "assistant", "observation"]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `metadata` is the tool's name of an assistant call; `tools` belong to a system message."""
+
+    role: Role
+    content: str
+    metadata: str = ""
+    tools: Any = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role is {self.role!r}, allowed are {', '.join(ROLES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order. `source` says where they came from: `file.json record 7`."""
+
+    messages: tuple[Message, ...]
+    source: str = ""
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """Everything before the last answer."""
+        return self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
+
+    @property
+    def answer(self) -> str:
+        """The last answer, or an empty string where the conversation ends with a question."""
+        return self.messages[-1].content if self.messages[-1].role == "assistant" else ""
+
+
+@dataclass(slots=True)
+class Sample:
+    """Token ids and labels of one conversation, both of length T. `labels` is -100 where not supervised."""
+
+    input_ids: list[int]
+    labels: list[int]
+    source: str = field(default="", compare=False)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that are predicted in training (the first token of a sample has no prediction)."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+def as_messages(messages: Conversation | Sequence[Message | dict[str, Any]]) -> tuple[Message, ...]:
+    """Accepts a Conversation, Messages, or dicts with role and content."""
+    if isinstance(messages, Conversation):
+        return messages.messages
+    return tuple(m if isinstance(m, Message) else Message(**m) for m in messages)

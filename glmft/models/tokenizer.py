@@ -1,0 +1,146 @@
+"""The ChatGLM3 tokenizer: SentencePiece for text, control ids inserted by the program and never read from text.
+
+Layout of a conversation (published fine-tuning rule):
+
+    [gMASK] sop  <|user|> metadata \\n content  <|assistant|> metadata \\n content  ...  </s>
+
+Supervised is what follows each <|assistant|> up to and including the token that ends the turn: the next role's
+token in the middle, </s> at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+
+from glmft.errors import DamagedError, UserError
+from glmft.messages import IGNORE_INDEX, Conversation, Message, Sample, as_messages
+
+CONTROL_TOKENS = (
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "sop",
+    "eop",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+)
+
+
+class ChatGLM3Tokenizer:
+    """SentencePiece plus nine control ids that follow its last piece (64789 to 64797 in the published model)."""
+
+    def __init__(self, model_file: str | Path) -> None:
+        self.model_file = Path(model_file)
+        try:
+            self.sp = SentencePieceProcessor(model_file=str(model_file))
+        except (OSError, RuntimeError) as e:
+            raise DamagedError(f"{model_file}: not a SentencePiece model ({e}); fetch tokenizer.model again") from None
+        self.num_pieces: int = self.sp.vocab_size()
+        self.control_ids = {name: self.num_pieces + i for i, name in enumerate(CONTROL_TOKENS)}
+        self.control_names = {i: name for name, i in self.control_ids.items()}
+        self.eos_id: int = self.sp.eos_id()
+        self.pad_id: int = self.sp.unk_id()
+        self._newline = self.encode("\n")
+
+    def __len__(self) -> int:
+        """Pieces and control tokens; the model's table is padded beyond this."""
+        return self.num_pieces + len(CONTROL_TOKENS)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Generation stops at </s>, <|user|>, <|observation|>."""
+        return [self.eos_id, self.control_ids["<|user|>"], self.control_ids["<|observation|>"]]
+
+    def encode(self, text: str) -> list[int]:
+        """Plain SentencePiece; `<|user|>` or `[gMASK]` in the text stay text."""
+        return list(self.sp.encode(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Plain SentencePiece; control ids and padding rows of the table are left out."""
+        return str(self.sp.decode([i for i in ids if i < self.num_pieces]))
+
+    def encode_conversation(self, messages: Conversation | Sequence[Message | dict[str, Any]]) -> Sample:
+        """Ids and labels of a whole conversation, for training.
+
+        Raises:
+            UserError: there is no message, or the last one is not the assistant's.
+        """
+        turns = as_messages(messages)
+        source = messages.source if isinstance(messages, Conversation) else ""
+        if not turns or turns[-1].role != "assistant":
+            raise UserError(f"{source or 'conversation'}: must end with an assistant message to be trained on")
+        ids = self._prefix()
+        labels = [IGNORE_INDEX] * len(ids)
+        in_answer = False
+        for turn in turns:
+            role = self.control_ids[f"<|{turn.role}|>"]
+            ids.append(role)
+            labels.append(role if in_answer else IGNORE_INDEX)
+            body = self._encode_body(turn)
+            in_answer = turn.role == "assistant"
+            ids += body
+            labels += body if in_answer else [IGNORE_INDEX] * len(body)
+        return Sample([*ids, self.eos_id], [*labels, self.eos_id], source)
+
+    def encode_prompt(self, messages: Conversation | Sequence[Message | dict[str, Any]]) -> list[int]:
+        """Ids that ask for the next answer: the same encoder, ending with <|assistant|>."""
+        ids = self._prefix()
+        for turn in as_messages(messages):
+            ids += [self.control_ids[f"<|{turn.role}|>"], *self._encode_body(turn)]
+        return [*ids, self.control_ids["<|assistant|>"]]
+
+    def parse_reply(self, ids: Sequence[int]) -> Message:
+        """A raw reply (without or with its stop token): its first line is the metadata, the rest the content."""
+        body = [i for i in ids if i not in self.stop_ids]
+        metadata, newline, content = self.decode(body).partition("\n")
+        if not newline:  # cut before the first line ended
+            return Message("assistant", metadata.strip())
+        return Message("assistant", content.strip(), metadata=metadata.strip())
+
+    def render(self, sample: Sample, color: bool = True) -> str:
+        """The sample as the model sees it, every token visible; supervised tokens are green, or in «» without colour."""
+        out = []
+        for i, label in zip(sample.input_ids, sample.labels, strict=True):
+            text = self.token_text(i).replace("\n", "\\n")
+            if label == IGNORE_INDEX:
+                out.append(text)
+            else:
+                out.append(f"\x1b[32m{text}\x1b[0m" if color else f"«{text}»")
+        return "".join(out)
+
+    def token_text(self, i: int) -> str:
+        """One token as text: control names as they are, bytes as <0x0A>, the word boundary as ▁."""
+        if i in self.control_names:
+            return self.control_names[i]
+        return str(self.sp.id_to_piece(i)) if i < self.num_pieces else f"<row {i}>"
+
+    def _prefix(self) -> list[int]:
+        return [self.control_ids["[gMASK]"], self.control_ids["sop"]]
+
+    def _encode_body(self, turn: Message) -> list[int]:
+        content = turn.content
+        if turn.tools is not None:
+            content += "\n" + json.dumps(turn.tools, indent=4, ensure_ascii=False)
+        head = self.encode(f"{turn.metadata}\n") if turn.metadata else self._newline
+        return head + self.encode(content)
+
+
+def load_tokenizer(path: str | Path) -> ChatGLM3Tokenizer:
+    """The tokenizer of a model folder, or a `tokenizer.model` file itself.
+
+    Raises:
+        UserError: there is no `tokenizer.model`.
+        DamagedError: the file is not a SentencePiece model.
+    """
+    file = Path(path)
+    file = file / "tokenizer.model" if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; a ChatGLM3 folder holds tokenizer.model beside config.json")
+    return ChatGLM3Tokenizer(file)

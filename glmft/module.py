@@ -1,0 +1,215 @@
+"""The LightningModule: a model, a strategy that decides what learns, an optimizer, and an exact loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from glmft.data.collate import Batch
+from glmft.errors import DamagedError, GlmftError, ProblemList
+from glmft.kernels.loss import cross_entropy_sum
+from glmft.models.hub import Source, fetch
+from glmft.models.loading import as_dtype, load_model
+from glmft.models.published import check_folder
+from glmft.models.tokenizer import load_tokenizer
+from glmft.optim import OptimizerFactory, SchedulerFactory
+from glmft.precision import DTYPE_OF
+from glmft.schema import Count, Name
+from glmft.strategies.base import Strategy, glm
+
+
+class TrainingStopped(GlmftError):
+    """Training cannot go on: the loss or a gradient is not finite, or the loss is exactly zero."""
+
+
+class FineTuner(L.LightningModule):
+    """Fine-tunes a causal language model.
+
+    The loss of an optimizer step is the mean over all its supervised tokens, however they are spread over
+    micro-batches, packed rows and devices: each micro-batch carries that number (`Batch.step_tokens`) and contributes
+    sum / step_tokens. Lightning's own division by the accumulation and DDP's by the world size are undone here.
+
+    Args:
+        path: model folder or hub id.
+        source: where `path` is looked for.
+        revision: commit or tag of the hub.
+        dtype: of the loaded weights; "auto" follows trainer.precision.
+        strategy: what learns.
+        optimizer, scheduler: factories, see `glmft.optim`.
+        gradient_checkpointing: keep only each layer's input and compute the rest again in the backward pass.
+        seed: of dropout; every micro-batch is seeded by (seed, epoch, index).
+    """
+
+    def __init__(
+        self,
+        path: Name,
+        strategy: Strategy,
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory,
+        source: Source = "auto",
+        revision: str | None = None,
+        dtype: str = "auto",
+        gradient_checkpointing: bool = False,
+        seed: Count = 0,
+    ) -> None:
+        super().__init__()
+        self.path, self.source, self.revision, self.dtype_name = path, source, revision, dtype
+        self.tuning, self.optimizer_factory, self.scheduler_factory = strategy, optimizer, scheduler
+        self.gradient_checkpointing, self.seed = gradient_checkpointing, seed
+        self.strict_loading = False  # a checkpoint holds what was trained; `load_state_dict` checks it exactly
+        self.network: Any = None
+        self.step_metrics: dict[str, float] | None = None
+        self._step_loss: Tensor | float = 0.0
+        self._val_sums: Tensor | None = None
+
+    # ---- the model
+
+    def check(self) -> None:
+        """Finds the model and asks the strategy whether it fits, before any weight is loaded.
+
+        Raises:
+            ProblemList: everything that does not fit.
+        """
+        self.folder = fetch(self.path, self.source, self.revision)
+        self.tokenizer = load_tokenizer(self.folder)
+        config, _, _ = check_folder(self.folder)
+        if problems := self.tuning.check(config):
+            raise ProblemList("strategy", problems)
+
+    def configure_model(self) -> None:
+        """Loads the weights to this rank's device, once, and lets the strategy transform them."""
+        if self.network is not None:
+            return
+        self.check()
+        precision = str(self.trainer.precision)
+        dtype = DTYPE_OF.get(precision, "float32") if self.dtype_name == "auto" else self.dtype_name
+        model = load_model(
+            self.folder,
+            dtype=dtype,
+            device=self.trainer.strategy.root_device,
+            quantization=self.tuning.quantization(as_dtype(dtype)),
+        )
+        model.requires_grad_(False)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.network = self.tuning.apply(model)
+        if self.gradient_checkpointing:
+            glm(self.network).enable_input_require_grads()
+        self.network.train()
+
+    @property
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What learns, by its name in this module."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    # ---- steps
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Sum of -log p over the supervised tokens of a batch, fp32 scalar; the head sees only their rows."""
+        model = glm(self.network)
+        packing = {}
+        if batch.cu_seqlens is not None:
+            packing = {"cu_seq_lens_q": batch.cu_seqlens, "max_length_q": batch.max_seqlen}
+        hidden = model.model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packing
+        ).last_hidden_state
+        rows = hidden.flatten(0, 1).index_select(0, batch.loss_index)
+        return cross_entropy_sum(rows, model.lm_head.weight, batch.targets)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss_sum(batch) / batch.step_tokens
+        self._step_loss = self._step_loss + loss.detach()
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.step_metrics = None
+        torch.manual_seed(hash((self.seed, batch.epoch, batch.index)) % 2**63)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        sums = torch.stack([self.loss_sum(batch).double(), batch.targets.new_tensor(batch.targets.numel()).double()])
+        self._val_sums = sums if self._val_sums is None else self._val_sums + sums
+
+    def on_validation_epoch_end(self) -> None:
+        assert self._val_sums is not None
+        loss, tokens = self.all_gather(self._val_sums).reshape(-1, 2).sum(0)
+        self.log("val/loss", (loss / tokens).float(), rank_zero_only=True)
+        self._val_sums = None
+
+    # ---- the optimizer
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_factory(self.named_parameters())
+        schedule = self.scheduler_factory(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the global norm and looks at the step before it is taken: one read from the device a step.
+
+        Raises:
+            TrainingStopped: the loss or the gradient is not finite, or the loss is exactly zero, on any rank.
+        """
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        limit = gradient_clip_val if gradient_clip_val else float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        seen = torch.stack([torch.as_tensor(self._step_loss, device=self.device).float(), norm.float()])
+        if self.trainer.world_size > 1:
+            seen = self.all_gather(seen)
+            seen = torch.stack([seen[:, 0].sum(), seen[:, 1].max()])
+        loss, grad_norm = seen.tolist()
+        self._step_loss = 0.0
+        self._guard(loss, grad_norm)
+        lr = optimizer.param_groups[0]["lr"]
+        self.step_metrics = {"train/loss": loss, "lr": lr, "grad_norm": grad_norm}
+
+    def _guard(self, loss: float, grad_norm: float) -> None:
+        step = self.trainer.global_step + 1
+        advice = "try a lower optimizer.lr, or trainer.gradient_clip_val=1.0"
+        if loss == 0.0:
+            raise TrainingStopped(
+                f"step {step}: the loss is exactly 0, so nothing can be learned; in half precision this is underflow: "
+                "use trainer.precision=bf16-true or 32-true"
+            )
+        if not torch.isfinite(torch.tensor([loss, grad_norm])).all():
+            raise TrainingStopped(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite. Weights are as before it; {advice}"
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.step_metrics is not None:
+            self.log_dict(self.step_metrics)
+
+    # ---- checkpoints hold what was trained
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The trained parameters only."""
+        return {n: p.detach() for n, p in self.trained_parameters.items()}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Takes exactly the trained parameters.
+
+        Raises:
+            DamagedError: a name or shape differs; all are named.
+        """
+        own = self.trained_parameters
+        problems = [f"missing {n}" for n in own if n not in state_dict]
+        problems += [f"unexpected {n}" for n in state_dict if n not in own]
+        problems += [
+            f"{n} has shape {list(state_dict[n].shape)}, expected {list(p.shape)}"
+            for n, p in own.items()
+            if n in state_dict and state_dict[n].shape != p.shape
+        ]
+        if problems:
+            raise DamagedError("checkpoint: not of this model and strategy:\n  - " + "\n  - ".join(problems[:20]))
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state_dict[name])
+        return nn.modules.module._IncompatibleKeys([], [])

@@ -1,0 +1,64 @@
+"""What every strategy answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from glmft.models.published import PublishedConfig
+from glmft.models.saving import save_model
+from glmft.models.tokenizer import ChatGLM3Tokenizer
+
+
+class Strategy(ABC):
+    """Decides which parameters learn, and how they are kept.
+
+    The life of a strategy: `check` before weights are loaded, `quantization` while they are, `apply` after.
+    """
+
+    output = "model"
+    """Folder of the run directory that `save` writes."""
+
+    def check(self, config: PublishedConfig) -> list[str]:
+        """Problems with this model that can be known from its configuration."""
+        return []
+
+    def quantization(self, dtype: torch.dtype) -> Any:
+        """A transformers quantization config for loading, or None."""
+        return None
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> nn.Module:
+        """The model with exactly the parameters that learn requiring gradients."""
+
+    @contextmanager
+    def base_model(self, model: nn.Module) -> Iterator[nn.Module | None]:
+        """The untuned model, from the same weights where the strategy can; None where it cannot."""
+        yield None
+
+    def save(self, model: nn.Module, folder: Path, tokenizer: ChatGLM3Tokenizer, card: str) -> None:
+        """Writes what can be used without the run: here, the whole model in the published layout."""
+        part = folder.with_name(f".{folder.name}.part")
+        _remove(part)
+        save_model(model, part, tokenizer=tokenizer)  # type: ignore[arg-type]
+        (part / "README.md").write_text(card, encoding="utf-8")
+        _remove(folder)
+        part.rename(folder)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+
+def glm(model: nn.Module) -> Any:
+    """The GlmForCausalLM inside, with or without PEFT around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
