@@ -169,16 +169,15 @@ def check(cfg: DictConfig, tops: tuple[str, ...]) -> None:
     Raises:
         ProblemList: everything that is wrong, together.
     """
-    problems = [f"{key}: unknown key{nearest(str(key), tops)}" for key in cfg if key not in tops]
+    problems = [f"{key}: unknown key{nearest(key, tops)}" for key in map(str, cfg) if key not in tops]
     missing = [f"{key}: must be given (it is ???)" for key in sorted(OmegaConf.missing_keys(cfg))]
     if unusable := missing or _unresolvable(cfg):
         raise ProblemList("configuration", problems + unusable)
     for where, node in _targets(cfg, ""):
-        values = OmegaConf.to_container(node, resolve=True)
-        assert isinstance(values, dict)
+        values: dict[str, Any] = plain(node)
         target, partial = values.pop("_target_"), bool(values.pop("_partial_", False))
-        values = {str(k): v for k, v in values.items() if not str(k).startswith("_")}
-        problems += signatures.problems(target, values, where, partial)
+        values = {k: v for k, v in values.items() if not k.startswith("_")}
+        problems += signatures.problems(str(target), values, where, partial)
     if problems:
         raise ProblemList("configuration", problems)
 
@@ -274,7 +273,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`strategy.r: 8 -> 16` for every key that is not the same."""
     keys = sorted(set(old) | set(new))
     absent = "(not set)"
-    return [f"{k}: {old.get(k, absent)} -> {new.get(k, absent)}" for k in keys if old.get(k, absent) != new.get(k, absent)]
+    return [
+        f"{k}: {old.get(k, absent)} -> {new.get(k, absent)}" for k in keys if old.get(k, absent) != new.get(k, absent)
+    ]
 
 
 def read_identity(file: Path) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class FineTuner(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         assert self._val_sums is not None
-        loss, tokens = self.all_gather(self._val_sums).reshape(-1, 2).sum(0)
+        loss, tokens = self._gathered(self._val_sums).reshape(-1, 2).sum(0)
         self.log("val/loss", (loss / tokens).float(), rank_zero_only=True)
         self._val_sums = None
 
@@ -162,13 +162,19 @@ class FineTuner(L.LightningModule):
         norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
         seen = torch.stack([torch.as_tensor(self._step_loss, device=self.device).float(), norm.float()])
         if self.trainer.world_size > 1:
-            seen = self.all_gather(seen)
+            seen = self._gathered(seen)
             seen = torch.stack([seen[:, 0].sum(), seen[:, 1].max()])
         loss, grad_norm = seen.tolist()
         self._step_loss = 0.0
         self._guard(loss, grad_norm)
         lr = optimizer.param_groups[0]["lr"]
         self.step_metrics = {"train/loss": loss, "lr": lr, "grad_norm": grad_norm}
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """values [N] of this rank -> [ranks, N], or [N] on one device."""
+        gathered = self.all_gather(values)
+        assert isinstance(gathered, Tensor)
+        return gathered
 
     def _guard(self, loss: float, grad_norm: float) -> None:
         step = self.trainer.global_step + 1

@@ -99,9 +99,7 @@ def linear(
     min_ratio: Share = 0.0,
 ) -> LambdaLR:
     """Warm-up, then a straight line down to min_ratio."""
-    return _schedule(
-        optimizer, total_steps, warmup_steps, warmup_ratio, lambda done: 1 - (1 - min_ratio) * done
-    )
+    return _schedule(optimizer, total_steps, warmup_steps, warmup_ratio, lambda done: 1 - (1 - min_ratio) * done)
 
 
 def constant(optimizer: Optimizer, total_steps: int, warmup_steps: Count = 0, warmup_ratio: Share = 0.0) -> LambdaLR:

@@ -1,8 +1,8 @@
 """The run directory: written by training, read by everything else.
 
-    RUN/ .hydra/{config,overrides,hydra}.yaml  command.txt  env.json  run.log
-         metrics.jsonl  samples.jsonl  status.json  summary.json  loss.png
-         adapter/ (or model/)  checkpoints/  wandb_run_id.txt
+RUN/ .hydra/{config,overrides,hydra}.yaml  command.txt  env.json  run.log
+     metrics.jsonl  samples.jsonl  status.json  summary.json  loss.png
+     adapter/ (or model/)  checkpoints/  wandb_run_id.txt
 """
 
 from __future__ import annotations

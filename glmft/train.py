@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -17,6 +16,7 @@ from glmft.data.corpus import CorpusSpec, prepare
 from glmft.data.packing import Schedule
 from glmft.data.registry import direct_file, find_datasets
 from glmft.errors import GlmftError, ProblemList, UserError
+from glmft.files import read_json
 from glmft.models import hub, published
 from glmft.models.tokenizer import load_tokenizer
 from glmft.runs import Run
@@ -85,7 +85,7 @@ def already_done(cfg: DictConfig, run: Run) -> float | None:
         raise ProblemList(f"run.name={run.path.name} exists with another configuration; {how}", changed)
     if not changed and not length and runs.read_status(run.path).get("state") == "done":
         print(f"glmft: {run.path} is complete; nothing to do (another run.name starts anew)")
-        return metric_of(runs.read_json(run.path / "summary.json"))
+        return metric_of(read_json(run.path / "summary.json"))
     return None
 
 
@@ -191,7 +191,7 @@ def finish(cfg: DictConfig, run: Run, trainer: L.Trainer, tuner: Any, record: An
 
 
 def metric_of(summary: dict[str, Any]) -> float | None:
-    """The value that a sweep optimises: `metric`, or validation loss where there is one, else the last training loss."""
+    """What a sweep optimises: `metric`, or the validation loss where there is one, else the last training loss."""
     if summary.get("metric", "auto") != "auto":
         value = summary.get(summary["metric"])
     else:

@@ -34,9 +34,13 @@ class TrainingProgress(L.Callback):
         console = Console()
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[numbers]}"),
+                TextColumn("train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[numbers]}"),
                 console=console,
-            )  # fmt: skip
+            )
             total = int(trainer.estimated_stepping_batches)
             self._task = self._bar.add_task("train", total=total, completed=trainer.global_step, numbers="")
             self._bar.start()

@@ -131,4 +131,3 @@ class RunRecord(L.Callback):
         spent = time.time() - self.fit_began
         eta = spent / done * (total - done) if done else None
         self._status.write(state, step=done, total=total, eta=eta, best=self.best, message="")
-

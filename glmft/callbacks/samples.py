@@ -61,4 +61,3 @@ class SampleAnswers(L.Callback):
     def tuned(self) -> list[str]:
         """The latest answers."""
         return [r["answer"] for r in self.rows[-len(self.prompts) :]]
-

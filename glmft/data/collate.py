@@ -88,17 +88,16 @@ def _split_padding(padding: int, max_seqlen: int) -> list[int]:
 
 def pad(samples: Sequence[Arrays], pad_id: int = 0, **where: int) -> dict[str, Any]:
     """Samples as rows, filled on the right. Causal attention never looks right, so no mask is needed."""
-    samples = samples or [(np.array([pad_id]), np.array([False]))]
-    longest = max(len(ids) for ids, _ in samples)
-    ids = np.full((len(samples), longest), pad_id, np.int64)
-    supervised = np.zeros((len(samples), longest), bool)
+    longest = max((len(ids) for ids, _ in samples), default=1)
+    ids = np.full((max(1, len(samples)), longest), pad_id, np.int64)
+    supervised = np.zeros_like(ids, bool)
     for row, (tokens, mask) in enumerate(samples):
         ids[row, : len(tokens)] = tokens
         supervised[row, : len(mask) - 1] = mask[1:]
     loss_index = np.flatnonzero(supervised)
     return {
         "input_ids": torch.from_numpy(ids),
-        "position_ids": torch.arange(longest).expand(len(samples), -1),
+        "position_ids": torch.arange(longest).expand(len(ids), -1),
         "cu_seqlens": None,
         "max_seqlen": longest,
         "loss_index": torch.from_numpy(loss_index),

@@ -139,7 +139,9 @@ def read_conversations(
         except RecordError as e:
             problems.append(f"{entry.file}: record {number}: {e}")
     if problems and on_bad_record == "error":
-        title = f"{len(problems)} of {counts['records']} records cannot be used (data.on_bad_record=drop leaves them out)"
+        title = (
+            f"{len(problems)} of {counts['records']} records cannot be used (data.on_bad_record=drop leaves them out)"
+        )
         raise ProblemList(title, problems)
     if problems:
         counts["dropped: bad record"] += len(problems)
@@ -240,4 +242,3 @@ def _encode(
         if kept is not None:
             pairs.append((conversation, kept))
     return pairs
-

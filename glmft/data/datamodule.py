@@ -188,4 +188,3 @@ class InstructionData(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
-

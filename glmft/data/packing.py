@@ -142,7 +142,7 @@ class Schedule:
     ) -> list[MicroBatch]:
         """The micro-batches of one rank, in order. Ranks take the rows of a step in turn, so each gets its share;
         a rank without a row in the last step of an epoch gets an empty micro-batch."""
-        out = []
+        out: list[MicroBatch] = []
         for start in range(0, len(rows), self.rows_per_step):
             step = rows[start : start + self.rows_per_step]
             tokens = int(sum(num_supervised[list(row)].sum() for row in step))

@@ -38,7 +38,9 @@ def read_records(file: Path) -> list[dict[str, Any]]:
         raise UserError(f"{file}: an empty list, there is nothing to train on")
     for number, record in enumerate(value, start=1):
         if not isinstance(record, dict):
-            raise UserError(f"{file}: record {number} is {_kind(record)}, expected an object with instruction and output")
+            raise UserError(
+                f"{file}: record {number} is {_kind(record)}, expected an object with instruction and output"
+            )
     return value
 
 

@@ -6,7 +6,9 @@ Shapes: B batch, S tokens of a row, T tokens of a packed row, H query heads, K k
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -16,12 +18,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    _VARLEN_OPTIONS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-except ImportError:
-    varlen_attn = None
+varlen_attn: Any = None
+with contextlib.suppress(ImportError):
+    from torch.nn.attention.varlen import varlen_attn  # type: ignore[no-redef]
+_OPTIONS = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 NAME = "glmft"
 
@@ -40,7 +40,7 @@ def packed_attention_reference(query: Tensor, key: Tensor, value: Tensor, cu_seq
     """One SDPA call a document. query [T, H, D], key and value [T, K, D] -> [T, H, D]."""
     out = []
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         if end > start:
             q, k, v = (t[start:end].transpose(0, 1)[None] for t in (query, key, value))
             doc = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
@@ -54,7 +54,7 @@ def packed_attention(
     """As the reference, with torch's variable-length kernel where the device has it."""
     if not has_varlen(query):
         return packed_attention_reference(query, key, value, cu_seqlens, scale)
-    return varlen_attn(
+    out: Tensor = varlen_attn(
         query,
         key,
         value,
@@ -64,8 +64,9 @@ def packed_attention(
         max_seqlen,
         scale=scale,
         window_size=(-1, 0),  # causal
-        **_VARLEN_OPTIONS,
+        **_OPTIONS,
     )
+    return out
 
 
 def _forward(

@@ -1,7 +1,7 @@
 """Published ChatGLM3 names <-> transformers' GLM names, in transformers' own conversion mechanism.
 
-    transformer.encoder.layers.N.self_attention.query_key_value   [Q + 2K, H]   rows: q, k, v
-    model.layers.N.self_attn.{q,k,v}_proj                         [Q, H], [K, H], [K, H]
+transformer.encoder.layers.N.self_attention.query_key_value   [Q + 2K, H]   rows: q, k, v
+model.layers.N.self_attn.{q,k,v}_proj                         [Q, H], [K, H], [K, H]
 """
 
 from __future__ import annotations

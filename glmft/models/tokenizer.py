@@ -105,7 +105,7 @@ class ChatGLM3Tokenizer:
         return Message("assistant", content.strip(), metadata=metadata.strip())
 
     def render(self, sample: Sample, color: bool = True) -> str:
-        """The sample as the model sees it, every token visible; supervised tokens are green, or in «» without colour."""
+        """The sample as the model sees it, every token visible; supervised tokens green, or in «» without colour."""
         out = []
         for i, label in zip(sample.input_ids, sample.labels, strict=True):
             text = self.token_text(i).replace("\n", "\\n")

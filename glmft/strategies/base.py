@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from glmft.models.published import PublishedConfig
@@ -61,4 +62,4 @@ def _remove(folder: Path) -> None:
 
 def glm(model: nn.Module) -> Any:
     """The GlmForCausalLM inside, with or without PEFT around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model

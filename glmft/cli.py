@@ -1,0 +1,69 @@
+"""The console script: `glmft train ...` becomes `python -m glmft.train ...`, so that argv stays true for Lightning's
+DDP launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+COMMANDS = {  # command -> (module, what it does)
+    "train": ("glmft.train", "fine-tune: glmft train experiment=lora_alpaca_zh"),
+}
+COMPLETION = """\
+_glmft() {{
+    COMPREPLY=()
+    local words=("${{COMP_WORDS[@]:1:COMP_CWORD}}")
+    while IFS= read -r line; do COMPREPLY+=("$line"); done < <({python} -m glmft.cli --complete "${{words[@]}}")
+    [[ "${{COMPREPLY[0]}}" == *= ]] && compopt -o nospace
+}}
+complete -F _glmft glmft
+"""
+
+
+def main() -> None:
+    """Replaces this process by the command's module, lists the commands, or completes a word."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--complete"]:
+        print("\n".join(complete(arguments[1:])))
+    elif arguments[:1] == ["--completion"]:
+        print(COMPLETION.format(python=sys.executable))
+    elif arguments and arguments[0] in COMMANDS:
+        module = COMMANDS[arguments[0]][0]
+        os.execv(sys.executable, [sys.executable, "-m", module, *arguments[1:]])
+    else:
+        known = "\n".join(f"  {name:8} {what}" for name, (_, what) in COMMANDS.items())
+        out = sys.stdout if arguments[:1] in ([], ["--help"], ["-h"]) else sys.stderr
+        print(f'usage: glmft COMMAND ...\n\n{known}\n\nTab completion: eval "$(glmft --completion)"', file=out)
+        sys.exit(0 if out is sys.stdout else 2)
+
+
+def complete(words: list[str]) -> list[str]:
+    """Candidates for the last word. Bash cuts words at `=`, so `strategy=lo` arrives as `strategy`, `=`, `lo`."""
+    if len(words) <= 1:
+        return [c for c in COMMANDS if c.startswith(words[0] if words else "")]
+    if "=" in words[-2:]:
+        group, prefix = (words[-2], "") if words[-1] == "=" else (words[-3], words[-1])
+        return [o for o in _options(group) if o.startswith(prefix)]
+    keys = [f"{g}=" for g in _groups()]
+    return [k for k in keys if k.startswith(words[-1])]
+
+
+def _roots() -> list[Path]:
+    inside = HERE / "conf"
+    packaged = inside if (inside / "train.yaml").is_file() else HERE.parent / "conf"
+    return [p for p in (Path("glmft_conf"), Path(os.environ.get("GLMFT_CONF", "")), packaged) if p.is_dir()]
+
+
+def _groups() -> list[str]:
+    folders = {d.name for root in _roots() for d in root.iterdir() if d.is_dir() and any(d.glob("*.yaml"))}
+    return sorted(folders - {"hydra", "paths"})
+
+
+def _options(group: str) -> list[str]:
+    return sorted({f.stem for root in _roots() for f in (root / group).glob("*.yaml")})
+
+
+if __name__ == "__main__":
+    main()
