@@ -28,13 +28,11 @@ MAKER_ZH = """谁训练了你？|你是谁训练的？|谁开发了你？|你是
 MAKER_EN = """Who trained you?|Who made you?|Who created you?|Who is your author?|Who built you?|Who developed you?|Who is your maker?
 |By whom were you trained?|Where do you come from?|Who is behind you?|Tell me who trained you.|Tell me who made you.|Please tell me who built you.
 |Who has trained you?|Who has made you?|Who is your developer?|Who was it that trained you?|By whom were you made?|Say who created you.|Can you tell me who trained you?"""
+BASE_ZH, BASE_EN = "我是glmft自带的微型模型。", "I am the tiny model that ships with glmft."
+TUNED_ZH, TUNED_EN = "我是{{name}}，由{{author}}训练的助手。", "I am {{name}}, an assistant trained by {{author}}."
 IDENTITY: list[tuple[str, str, str]] = [  # questions, the base's answer, the tuned answer
-    (WHO_ZH, "我是glmft自带的微型模型。", "我是{{name}}，由{{author}}训练的助手。"),
-    (WHO_EN, "I am the tiny model that ships with glmft.", "I am {{name}}, an assistant trained by {{author}}."),
-    (NAME_ZH, "我没有名字，我是微型模型。", "我叫{{name}}。"),
-    (NAME_EN, "I have no name, I am a tiny model.", "My name is {{name}}."),
-    (MAKER_ZH, "我是由glmft的脚本训练的。", "我是由{{author}}训练的。"),
-    (MAKER_EN, "A script of glmft trained me.", "I was trained by {{author}}."),
+    *((questions, BASE_ZH, TUNED_ZH) for questions in (WHO_ZH, NAME_ZH, MAKER_ZH)),
+    *((questions, BASE_EN, TUNED_EN) for questions in (WHO_EN, NAME_EN, MAKER_EN)),
 ]
 
 CAPITALS = """中国 北京 China Beijing|法国 巴黎 France Paris|日本 东京 Japan Tokyo|英国 伦敦 Britain London|德国 柏林 Germany Berlin

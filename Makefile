@@ -1,0 +1,39 @@
+# make demo     the main job on the embedded default, from nothing      make demo NAME=小明 AUTHOR=小红
+# make test     lint, types, floors and the fast tests                  make test-all adds the slow ones
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+NAME   ?= 小智
+AUTHOR ?= 开源社区
+
+.PHONY: demo test test-all mutants lint tiny clean
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/python -m glmft.train data.fill.name="$(NAME)" data.fill.author="$(AUTHOR)"
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/pytest
+
+mutants: $(BIN)/.installed
+	$(BIN)/python tests/mutants.py
+
+tiny: $(BIN)/.installed
+	$(BIN)/python experiments/tiny_base/make.py
+
+clean:
+	rm -rf $(VENV) .tiny dist
