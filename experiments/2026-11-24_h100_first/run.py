@@ -58,7 +58,8 @@ for kind in ("bf16", "bf16", "nf4"):
     quantization = QLoRA().quantization(torch.bfloat16) if kind == "nf4" else None
     model = load_model(sys.argv[1], dtype="bfloat16", device="cuda", quantization=quantization)
     torch.cuda.synchronize()
-    rows.append({"kind": kind, "seconds": time.time() - began, "gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    rows.append({"kind": kind, "seconds": time.time() - began,
+                 "gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
                  "gpu_gib": torch.cuda.memory_allocated() / 2**30, "anonymous_host_gib": anonymous() - before})
     del model
     torch.cuda.empty_cache()

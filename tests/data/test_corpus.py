@@ -75,7 +75,10 @@ BAD_RECORDS = [
     ({"instruction": 3, "output": "b"}, "'instruction' is int ('3'), expected text"),
     ({"instruction": "a", "output": " "}, "'output' is empty"),
     ({"instruction": "", "input": "", "output": "b"}, "'instruction' and 'input' are both empty"),
-    ({"instruction": "a", "output": "b", "history": [["only one"]]}, "'history' must be a list of [question, answer] pairs"),
+    (
+        {"instruction": "a", "output": "b", "history": [["only one"]]},
+        "'history' must be a list of [question, answer] pairs",
+    ),
 ]
 
 
@@ -110,13 +113,13 @@ def test_length_policies(tiny):
     assert tokenizer.eos_id not in cut.labels  # a cut answer does not teach the end
     assert limit_length(sample, prompt, "truncate", counts) is None
     assert limit_length(sample, 10, "drop", counts) is None
-    with pytest.raises(UserError, match="data.max_length=10"):
+    with pytest.raises(UserError, match=r"data\.max_length=10"):
         limit_length(sample, 10, "error", counts)
     assert counts == {"truncated": 1, "dropped: too long": 1, "dropped: nothing left to learn within max_length": 1}
 
 
 def test_every_record_dropped(spec):
-    with pytest.raises(UserError, match="no record is left to train on .*1 too long"):
+    with pytest.raises(UserError, match=r"no record is left to train on .*1 too long"):
         prepare(spec([GOOD], max_length=2, on_too_long="drop"))
 
 

@@ -95,7 +95,7 @@ def test_bin_shards_are_read_without_unpickling_code(tiny_copy):
             return (Path.touch, (tiny_copy / "pwned",))
 
     torch.save({"x": Evil()}, tiny_copy / "pytorch_model.bin")
-    with pytest.raises(Exception, match="[Ww]eights.only|Unsupported"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported"):
         load_model(tiny_copy)
     assert not (tiny_copy / "pwned").exists()
 

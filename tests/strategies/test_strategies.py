@@ -37,7 +37,9 @@ def fitted(tiny, data, strategy, steps: int = 6, lr: float = 1e-2) -> FineTuner:
     torch.manual_seed(0)
     module = FineTuner(str(tiny), strategy, functools.partial(optim.adamw, lr=lr), functools.partial(optim.constant))
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    fit = L.Trainer(accelerator="cpu", plugins=plugin("32-true"), max_steps=steps, use_distributed_sampler=False, **quiet)
+    fit = L.Trainer(
+        accelerator="cpu", plugins=plugin("32-true"), max_steps=steps, use_distributed_sampler=False, **quiet
+    )
     fit.fit(module, data)
     return module
 
@@ -103,8 +105,9 @@ def test_base_answers_come_from_the_same_weights(tiny, data):
 
 def test_lean_forward_equals_pefts_own(tiny, data):
     """Loss equal and gradients equal in fp64, and only the plain case goes the lean way."""
-    from glmft.kernels.lora import is_plain
     from peft.tuners.lora.layer import LoraLayer
+
+    from glmft.kernels.lora import is_plain
 
     model = load_model(tiny, dtype="float32")
     module = FineTuner(str(tiny), LoRA(), None, None)

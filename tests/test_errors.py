@@ -1,0 +1,194 @@
+"""Bad input: exit code, what the message holds, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from glmft.files import read_json, write_json
+
+
+def bad_data(content: object) -> None:
+    Path("bad.json").write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+DATA = ("data.path=bad.json", "data.datasets=[]", "data.val_datasets=[]")
+
+
+def truncated(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def misshapen(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["transformer.output_layer.weight"] = tensors["transformer.output_layer.weight"][:5].clone()
+    save_file(tensors, model / "model.safetensors")
+
+
+def missing_shard(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def other_tokenizer(model: Path) -> None:
+    write_json(model / "config.json", read_json(model / "config.json") | {"padded_vocab_size": 64})
+
+
+CASES = {  # name: (damage to ./model or None, arguments, exit code, what the message holds)
+    "model folder missing": (None, ["model.path=nowhere"], 2, ["model.path=nowhere", "no model folder"]),
+    "hub id without network": (
+        None,
+        ["model.path=zai-org/chatglm3-6b", "model.source=hf"],
+        2,
+        ["hf download zai-org/chatglm3-6b", "modelscope download", "the hub said"],
+    ),
+    "model and data missing together": (
+        None,
+        ["experiment=lora_alpaca_zh"],
+        2,
+        ["model.path=zai-org/chatglm3-6b", "hf download", "'alpaca_zh_demo' is in no registry"],
+    ),
+    "shard missing": (missing_shard, [], 2, ["1 of 2 shards are missing: model-00002-of-00002.safetensors"]),
+    "shard truncated": (truncated, [], 3, ["model.safetensors", "truncated"]),
+    "tensor of the wrong shape": (misshapen, [], 2, ["transformer.output_layer.weight has shape [5, 192]"]),
+    "tokenizer of another model": (
+        lambda m: shutil.copyfile(__file__, m / "tokenizer.model"),
+        [],
+        3,
+        ["tokenizer.model: not a SentencePiece model"],
+    ),
+    "unknown experiment": (None, ["experiment=lora_alpaca"], 2, ["experiment=lora_alpaca", "'lora_alpaca_zh'"]),
+    "unknown strategy": (None, ["strategy=lorra"], 2, ["strategy=lorra", "did you mean 'lora'?"]),
+    "unknown keys, all of them": (
+        None,
+        ["strategy.rank=8", "trainer.max_epoch=3", "sed=1"],
+        2,
+        ["strategy.rank: unknown key", "did you mean 'max_epochs'?", "sed: unknown key, did you mean 'seed'?"],
+    ),
+    "wrong types and ranges, all of them": (
+        None,
+        ["optimizer.lr=1e-4x", "strategy.r=0", "strategy.dropout=1.5", "data.on_too_long=cut", "data.packing=perhaps"],
+        2,
+        [
+            "optimizer.lr=1e-4x: must be a valid number",
+            "strategy.r=0: must be greater than or equal to 1",
+            "strategy.dropout=1.5: must be less than 1",
+            "data.on_too_long=cut: must be 'truncate', 'drop' or 'error'",
+            "data.packing=perhaps: must be a valid boolean",
+        ],
+    ),
+    "learning rate of zero": (None, ["optimizer.lr=0"], 2, ["optimizer.lr=0: must be greater than 0"]),
+    "target that matches nothing": (
+        None,
+        ["strategy.targets=[q_prog]"],
+        2,
+        ["no linear layer 'q_prog', did you mean 'q_proj'?"],
+    ),
+    "data set missing": (
+        None,
+        ["data.datasets=[alpaka]"],
+        2,
+        ["'alpaka' is in no registry", "tried dataset_info.json"],
+    ),
+    "data file missing": (None, ["data.path=no.json"], 2, ["data.path=no.json: no such file", "data/no.json"]),
+    "data is no list": (lambda _: bad_data({"a": 1}), [*DATA], 2, ["bad.json: holds an object, expected a list"]),
+    "data is no JSON": (lambda _: bad_data("[{]"), [*DATA], 2, ["bad.json:1:3: not valid JSON"]),
+    "record without output": (
+        lambda _: bad_data([{"instruction": "a"}]),
+        [*DATA],
+        2,
+        ["bad.json: record 1: 'output' is missing", "data.on_bad_record=drop"],
+    ),
+    "every record dropped": (
+        lambda _: bad_data([{"instruction": "a"}]),
+        [*DATA, "data.on_bad_record=drop"],
+        2,
+        ["no record is left to train on", "1 bad record"],
+    ),
+    "max_length beyond the model": (
+        None,
+        ["data.max_length=4096", "data.tokens_per_step=4096", "data.tokens_per_batch=4096"],
+        2,
+        ["data.max_length=4096: the model reads 512 tokens at most"],
+    ),
+    "token budgets that do not fit": (None, ["data.tokens_per_step=64"], 2, ["does not fit data.tokens_per_step=64"]),
+    "precision against dtype": (
+        None,
+        ["model.dtype=float32", "trainer.precision=bf16-true"],
+        2,
+        ["model.dtype=float32 and trainer.precision=bf16-true contradict"],
+    ),
+    "precision unknown": (None, ["trainer.precision=16-true"], 2, ["trainer.precision=16-true", "bf16-true"]),
+    "run name with a slash": (None, ["run.name=a/b"], 2, ["run.name='a/b'", "plain folder name"]),
+    "run record left out": (None, ["callbacks.record=null"], 2, ["callbacks.record=null"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(train, tiny, name):
+    damage, arguments, code, says = CASES[name]
+    shutil.copytree(tiny, "model")
+    if damage:
+        damage(Path("model"))
+    if not any(a.startswith(("model.path", "experiment=")) for a in arguments):
+        arguments = ["model.path=model", *arguments]
+    before = sorted(p for p in Path().rglob("*"))
+    result = train(*arguments)
+    assert result.code == code, result.err
+    for text in says:
+        assert text in result.err
+    assert "Traceback" not in result.err + result.out
+    assert result.err.startswith("glmft: ")
+    assert sorted(p for p in Path().rglob("*")) == before, "something was written"
+
+
+def test_a_broken_recipe_names_its_file(train):
+    folder = Path("glmft_conf/experiment")
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("a: [1\nb: 2")
+    result = train("experiment=mine")
+    assert result.code == 2
+    assert "not valid YAML" in result.err
+    assert "mine.yaml" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_qlora_without_bitsandbytes(train, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a))
+    result = train("strategy=qlora")
+    assert result.code == 2
+    assert "needs bitsandbytes: pip install bitsandbytes" in result.err
+    assert not Path("runs").exists()
+
+
+def test_bf16_on_a_gpu_without_it(train, monkeypatch):
+    from glmft import precision
+
+    monkeypatch.setattr(precision, "real_bf16", lambda: False)
+    with pytest.raises(Exception, match="no bf16 of its own"):
+        precision.choose("bf16-true", "auto", on_gpu=True)
+    assert precision.choose("auto", "auto", on_gpu=True) == ("32-true", "float32")
+
+
+def test_debug_shows_the_traceback(train):
+    result = train("debug=default", "model.path=nowhere")
+    assert result.code == 2
+    assert "Traceback" in result.err
+
+
+def test_a_folder_that_is_no_run_is_left_alone(train):
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/thesis.txt").write_text("precious")
+    result = train("run.name=mine")
+    assert result.code == 2
+    assert "is not a run of glmft" in result.err
+    assert [p.name for p in Path("runs/mine").iterdir()] == ["thesis.txt"]
