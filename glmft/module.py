@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from glmft.data.collate import Batch
+from glmft.data.datamodule import InstructionData
 from glmft.errors import DamagedError, GlmftError, ProblemList
 from glmft.kernels.loss import cross_entropy_sum
 from glmft.models.hub import Source, fetch
@@ -24,6 +25,19 @@ from glmft.strategies.base import Strategy, glm
 
 class TrainingStopped(GlmftError):
     """Training cannot go on: the loss or a gradient is not finite, or the loss is exactly zero."""
+
+
+def total_steps(trainer: L.Trainer) -> int:
+    """Optimizer steps of the whole run, from the data's plan.
+
+    Lightning's `estimated_stepping_batches` would start the loader before a checkpoint is restored, at position 0.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, InstructionData)
+    limits = [trainer.max_steps] if trainer.max_steps != -1 else []
+    if trainer.max_epochs not in (None, -1):
+        limits.append(trainer.max_epochs * data.steps_per_epoch(trainer.world_size))
+    return min(limits)
 
 
 class FineTuner(L.LightningModule):
@@ -143,7 +157,7 @@ class FineTuner(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_factory(self.named_parameters())
-        schedule = self.scheduler_factory(optimizer, int(self.trainer.estimated_stepping_batches))
+        schedule = self.scheduler_factory(optimizer, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

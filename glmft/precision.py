@@ -12,7 +12,6 @@ from torch import nn
 
 from glmft.errors import UserError
 
-PrecisionName = Literal["auto", "bf16-true", "32-true", "bf16-mixed"]
 DTYPE_OF = {"bf16-true": "bfloat16", "32-true": "float32", "bf16-mixed": "float32"}
 NAME_OF = {"bfloat16": "bf16-true", "float32": "32-true"}
 

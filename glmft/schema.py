@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval, Len
 
@@ -18,3 +18,6 @@ NonNegative = Annotated[float, Ge(0)]
 """0 or above."""
 Name = Annotated[str, Len(1)]
 """Text that is not empty."""
+
+PrecisionName = Literal["auto", "bf16-true", "32-true", "bf16-mixed"]
+"""Lightning's names, meaning the dtype that weights are loaded in. No fp16: it underflows to a loss of 0."""

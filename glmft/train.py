@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -20,6 +20,7 @@ from glmft.files import read_json
 from glmft.models import hub, published
 from glmft.models.tokenizer import load_tokenizer
 from glmft.runs import Run
+from glmft.schema import PrecisionName
 
 if TYPE_CHECKING:
     import lightning as L
@@ -95,6 +96,9 @@ def check_inputs(cfg: DictConfig) -> None:
     Raises:
         GlmftError: what is missing or does not fit, model and data together.
     """
+    if cfg.trainer.precision not in get_args(PrecisionName):
+        allowed = ", ".join(get_args(PrecisionName))
+        raise UserError(f"trainer.precision={cfg.trainer.precision}: allowed are {allowed}")
     data = config.plain(cfg.data)
     missing = hub.missing_locally(cfg.model.path, cfg.model.source, cfg.model.revision)
     problems = find_datasets([*data["datasets"], *data["val_datasets"]], data["dir"])[1]
@@ -129,6 +133,7 @@ def train(cfg: DictConfig, run: Run) -> float | None:
         raise UserError("callbacks.record=null: the run record cannot be left out")
     if trainer.is_global_zero:
         run.start(config.yaml_files(cfg), sys.orig_argv, str(trainer.strategy.root_device))
+    trainer.loggers = config.instantiate_all(cfg.logger)  # they write into the run directory
     with runs.logged(run):
         try:
             for logger in trainer.loggers:
@@ -162,7 +167,7 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any, Any]:
         {k: v for k, v in cfg.trainer.items() if k != "precision"},
         plugins=precision.plugin(name),
         callbacks=config.instantiate_all(cfg.callbacks),
-        logger=config.instantiate_all(cfg.logger) or False,
+        logger=False,
     )
     trainer.accumulate_grad_batches = data.schedule(trainer.world_size).accumulate
     return trainer, tuner, data
@@ -172,10 +177,8 @@ def finish(cfg: DictConfig, run: Run, trainer: L.Trainer, tuner: Any, record: An
     """summary.json, loss.png and the end panel; returns the metric."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from glmft.callbacks.compare import Compare
-    from glmft.callbacks.panels import end_panel
+    from glmft.callbacks.panels import console, end_panel
 
     if not trainer.is_global_zero:
         return None
@@ -186,7 +189,7 @@ def finish(cfg: DictConfig, run: Run, trainer: L.Trainer, tuner: Any, record: An
         for name, c in callback.results.items()
     }
     summary = record.finish(trainer, {"metric": cfg.metric, **({"compare": compared} if compared else {})})
-    Console().print(end_panel(trainer, summary, run.path, tuner.tuning.output, run.path.name))
+    console().print(end_panel(trainer, summary, run.path, tuner.tuning.output, run.path.name))
     return metric_of(summary)
 
 

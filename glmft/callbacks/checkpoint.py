@@ -2,33 +2,75 @@
 
 from __future__ import annotations
 
-import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+import os
+import shutil
+from pathlib import Path
+from typing import Any
 
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from glmft.module import FineTuner
 from glmft.schema import Positive
 
 
-class Checkpoints(ModelCheckpoint):
+class Checkpoints(Checkpoint):
     """best.ckpt and last.ckpt, each with what was trained, the optimizer and the loops.
+
+    Lightning's ModelCheckpoint saves nothing between validations where it monitors the validation loss; here the last
+    checkpoint does not wait for a metric. Saves happen between optimizer steps only.
 
     Args:
         dirpath: where they lie.
-        every_n_train_steps: optimizer steps between two saves; None saves at each validation or epoch end.
+        every_n_train_steps: optimizer steps between two saves of last.ckpt, besides those at each validation, at the
+            end of an epoch without validation, and at the end.
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: Positive | None = None) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            filename="best",
-            monitor="val/loss",
-            save_last=True,
-            save_top_k=1,
-            every_n_train_steps=every_n_train_steps,
-            enable_version_counter=False,
-        )
+        self.folder, self.every_n_train_steps = Path(dirpath), every_n_train_steps
+        self.best: float | None = None
+        self._saved_step = -1
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if data is not None and len(data.corpus.validation) == 0:
-            self.monitor, self.save_top_k = None, 0  # nothing to choose the best by
-        super().setup(trainer, pl_module, stage)
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_train_batch_end(self, trainer: L.Trainer, tuner: L.LightningModule, *args: Any) -> None:
+        assert isinstance(tuner, FineTuner)
+        due = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
+        if due and tuner.step_metrics is not None:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
+        loss = trainer.callback_metrics.get("val/loss")
+        if trainer.sanity_checking or loss is None or not trainer.fit_loop.epoch_loop.global_step:
+            return
+        better = self.best is None or float(loss) < self.best
+        self.best = float(loss) if better else self.best
+        self._save(trainer)
+        if better and trainer.is_global_zero:
+            self._keep_as_best()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        self._saved_step = trainer.global_step
+
+    def _keep_as_best(self) -> None:
+        """best.ckpt becomes another name of the file just written: saving replaces files, it never changes them."""
+        part = self.folder / ".best.part"
+        part.unlink(missing_ok=True)
+        try:
+            os.link(self.folder / "last.ckpt", part)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(self.folder / "last.ckpt", part)
+        part.replace(self.folder / "best.ckpt")

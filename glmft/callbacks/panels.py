@@ -16,7 +16,12 @@ from glmft.callbacks.compare import Compare
 from glmft.callbacks.progress import duration
 from glmft.callbacks.samples import SampleAnswers
 from glmft.data.datamodule import InstructionData
-from glmft.module import FineTuner
+from glmft.module import FineTuner, total_steps
+
+
+def console() -> Console:
+    """The terminal; where there is none, wide enough for a table of results."""
+    return Console(width=None if Console().is_terminal else 112)
 
 
 class Panels(L.Callback):
@@ -31,7 +36,7 @@ class Panels(L.Callback):
         table = Table.grid(padding=(0, 2))
         for name, value in rows.items():
             table.add_row(Text(name, style="dim"), Text(value))
-        Console().print(Panel(table, title="glmft", title_align="left", box=box.ROUNDED, expand=False))
+        console().print(Panel(table, title="glmft", title_align="left", box=box.ROUNDED, expand=False))
 
 
 def start_rows(trainer: L.Trainer, tuner: FineTuner, data: InstructionData) -> dict[str, str]:
@@ -41,7 +46,7 @@ def start_rows(trainer: L.Trainer, tuner: FineTuner, data: InstructionData) -> d
     trained = sum(p.numel() for p in tuner.trained_parameters.values())
     total = sum(p.numel() for p in tuner.parameters())
     dropped = ", ".join(f"{n} {why}" for why, n in report["dropped"].items()) or "none"
-    steps = int(trainer.estimated_stepping_batches)
+    steps = total_steps(trainer)
     resumed = f", continued from step {trainer.global_step}" if trainer.global_step else ""
     return {
         "model": f"{tuner.folder}  {trainer.precision} on {trainer.strategy.root_device}",

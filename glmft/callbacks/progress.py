@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from glmft.callbacks.record import RunRecord
+from glmft.module import total_steps
 from glmft.schema import Rate
 
 
@@ -41,7 +42,7 @@ class TrainingProgress(L.Callback):
                 TextColumn("{task.fields[numbers]}"),
                 console=console,
             )
-            total = int(trainer.estimated_stepping_batches)
+            total = total_steps(trainer)
             self._task = self._bar.add_task("train", total=total, completed=trainer.global_step, numbers="")
             self._bar.start()
 
@@ -49,7 +50,7 @@ class TrainingProgress(L.Callback):
         record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)  # type: ignore[attr-defined]
         if record is None or not record.latest or not trainer.is_global_zero:
             return
-        total = int(trainer.estimated_stepping_batches)
+        total = total_steps(trainer)
         numbers = self._numbers(record.latest, trainer.global_step, total)
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, numbers=numbers)

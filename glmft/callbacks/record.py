@@ -12,7 +12,7 @@ import torch
 
 from glmft.callbacks.plot import plot_losses
 from glmft.data.collate import Batch
-from glmft.module import FineTuner
+from glmft.module import FineTuner, total_steps
 from glmft.runs import Run, State, Status
 from glmft.schema import Positive
 
@@ -49,8 +49,8 @@ class RunRecord(L.Callback):
             return
         self._status = Status(self.run)
         rows = self.run.metrics()
+        self.run.drop_metrics_after(trainer.global_step)
         if trainer.global_step:
-            self.run.drop_metrics_after(trainer.global_step)
             self.began -= max((r["time"] for r in rows if r["step"] <= trainer.global_step), default=0.0)
         self.fit_began = time.time()
         self._tick = time.perf_counter()
@@ -119,14 +119,14 @@ class RunRecord(L.Callback):
     def _row(self, trainer: L.Trainer, values: dict[str, float]) -> None:
         if trainer.global_rank:
             return
-        steps = max(1, trainer.estimated_stepping_batches / max(1, trainer.max_epochs or 1))
-        row = {"step": trainer.global_step, "epoch": round(trainer.global_step / steps, 4)}
+        epoch = trainer.global_step / trainer.datamodule.steps_per_epoch(trainer.world_size)  # type: ignore[attr-defined]
+        row = {"step": trainer.global_step, "epoch": round(epoch, 4)}
         self.run.log_metrics(row | {"time": round(time.time() - self.began, 3)} | values)
 
     def _write_status(self, trainer: L.Trainer, state: State) -> None:
         if self._status is None or trainer.sanity_checking:
             return
-        total = int(trainer.estimated_stepping_batches)
+        total = total_steps(trainer)
         done = trainer.global_step
         spent = time.time() - self.fit_began
         eta = spent / done * (total - done) if done else None

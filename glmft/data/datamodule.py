@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import lightning as L
@@ -77,7 +77,8 @@ class PlannedSampler(Sampler[Position]):
 
     def __iter__(self) -> Iterator[Position]:
         epoch, done = self.position()
-        return ((epoch, i) for i in range(done, len(self)))
+        for i in range(done, len(self)):
+            yield epoch, i
 
     def __len__(self) -> int:
         return self.plan.schedule.num_batches(len(self.plan.rows(0)))
@@ -159,6 +160,14 @@ class InstructionData(L.LightningDataModule):
     def plan(self, store: SampleStore, world_size: int = 1, rank: int = 0) -> EpochPlan:
         """The plan of a store for one rank."""
         return EpochPlan(store, self.schedule(world_size), self.packing, self.seed, rank)
+
+    def steps_per_epoch(self, world_size: int = 1) -> int:
+        """Optimizer steps of an epoch."""
+        return self.schedule(world_size).num_steps(self._num_rows)
+
+    @cached_property
+    def _num_rows(self) -> int:
+        return len(self.plan(self.corpus.train).rows(0))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None
