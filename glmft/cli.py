@@ -53,7 +53,8 @@ def complete(words: list[str]) -> list[str]:
 def _roots() -> list[Path]:
     inside = HERE / "conf"
     packaged = inside if (inside / "train.yaml").is_file() else HERE.parent / "conf"
-    return [p for p in (Path("glmft_conf"), Path(os.environ.get("GLMFT_CONF", "")), packaged) if p.is_dir()]
+    own = [Path("glmft_conf"), *map(Path, filter(None, [os.environ.get("GLMFT_CONF")]))]
+    return [p for p in (*own, packaged) if p.is_dir()]
 
 
 def _groups() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,12 +25,18 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from glmft import signatures
-from glmft.errors import GlmftError, ProblemList, UserError, nearest
+from glmft.errors import DamagedError, GlmftError, ProblemList, nearest
 
 PACKAGE = Path(__file__).resolve().parent
 USER_FOLDER = "glmft_conf"
 IDENTITY = ("model", "strategy", "data", "optimizer", "scheduler", "seed")
 FREE_DATA_KEYS = ("num_workers", "tokens_per_batch")
+IDENTITY_OF_TRAINER = ("precision", "gradient_clip_val")
+SECTIONS = ("run", "resume", "paths", "trainer")
+OWN_KEYS = (  # of Lightning's Trainer: they follow from the data's plan
+    *("accumulate_grad_batches", "limit_train_batches", "overfit_batches", "gradient_clip_algorithm"),
+    *("reload_dataloaders_every_n_epochs", "callbacks", "logger", "plugins"),
+)
 
 
 def conf_dir() -> Path:
@@ -87,7 +94,8 @@ def prepare_argv(argv: list[str]) -> list[str]:
         out.append(f"{key}={value}")
     if problems:
         raise ProblemList("command line", problems)
-    return out
+    sweep = [a for a in out if a in ("-m", "--multirun")]  # Hydra takes it only before the overrides
+    return sweep + [a for a in out if a not in sweep]
 
 
 def _quote(key: str, value: str, multirun: bool) -> str:
@@ -173,6 +181,13 @@ def check(cfg: DictConfig, tops: tuple[str, ...]) -> None:
     missing = [f"{key}: must be given (it is ???)" for key in sorted(OmegaConf.missing_keys(cfg))]
     if unusable := missing or _unresolvable(cfg):
         raise ProblemList("configuration", problems + unusable)
+    single = {k: cfg[k] for k in ("seed", "metric") if k in cfg}
+    problems += [p.removeprefix(".") for p in signatures.problems("glmft.schema.top", single, "", False)]
+    for section in SECTIONS:
+        problems += signatures.problems(f"glmft.schema.{section}", plain(cfg[section]), section, False)
+    for group in ("callbacks", "logger"):
+        problems += _unnamed(cfg[group] or {}, group)
+    problems += [f"trainer.{key}: glmft decides this itself; leave it out" for key in cfg.trainer if key in OWN_KEYS]
     for where, node in _targets(cfg, ""):
         values: dict[str, Any] = plain(node)
         target, partial = values.pop("_target_"), bool(values.pop("_partial_", False))
@@ -180,6 +195,16 @@ def check(cfg: DictConfig, tops: tuple[str, ...]) -> None:
         problems += signatures.problems(str(target), values, where, partial)
     if problems:
         raise ProblemList("configuration", problems)
+
+
+def _unnamed(nodes: Any, group: str) -> list[str]:
+    """Children of callbacks and logger that say nothing of what they are: a misspelt name, or a group not chosen."""
+    known = [k for k, v in nodes.items() if v is not None and "_target_" in v]
+    return [
+        f"{group}.{k}: there is no such entry{nearest(k, known) or f' (choose it with {group}=..., or add a _target_)'}"
+        for k, v in nodes.items()
+        if v is not None and "_target_" not in v
+    ]
 
 
 def _unresolvable(cfg: DictConfig) -> list[str]:
@@ -205,9 +230,9 @@ def _targets(node: DictConfig | ListConfig, where: str) -> Iterator[tuple[str, D
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """What must match for a run to be continued: `strategy.r` -> 8, flat and resolved."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    flat = dict(_flatten({k: plain[k] for k in IDENTITY if k in plain}, ""))
+    whole = plain(cfg)
+    flat = dict(_flatten({k: whole[k] for k in IDENTITY if k in whole}, ""))
+    flat |= {f"trainer.{k}": whole["trainer"].get(k) for k in IDENTITY_OF_TRAINER}
     return {
         k: v
         for k, v in flat.items()
@@ -255,6 +280,12 @@ def sweep() -> tuple[str, int] | None:
     return Path(config.sweep.dir).name, int(config.job.num)
 
 
+def command() -> str:
+    """What makes this job alone, ready to paste; `run.name` is left to the caller."""
+    words = ["python", "-m", "glmft.train", *(o for o in overrides() if not o.startswith("run.name="))]
+    return shlex.join(words)
+
+
 def yaml_files(cfg: DictConfig) -> dict[str, str]:
     """What Hydra itself would leave in .hydra/."""
     return {
@@ -278,15 +309,15 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def read_identity(file: Path) -> dict[str, Any]:
-    """The identity of a run from its .hydra/config.yaml.
+def read(file: Path) -> DictConfig:
+    """A configuration that was written before.
 
     Raises:
-        UserError: the file cannot be read.
+        DamagedError: the file cannot be read.
     """
     try:
         cfg = OmegaConf.load(file)
     except (OSError, YAMLError) as e:
-        raise UserError(f"{file}: cannot be read ({e})") from None
+        raise DamagedError(f"{file}: cannot be read ({e})") from None
     assert isinstance(cfg, DictConfig)
-    return identity(cfg)
+    return cfg

@@ -34,12 +34,3 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """One object as one line, flushed, so that a reader can follow the file."""
     with path.open("a", encoding="utf-8") as f:
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def human_bytes(n: float) -> str:
-    """`12.5 GB`, decimal."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"

@@ -57,23 +57,34 @@ class WandB(WandbLogger):
         name: str | None = None,
         tags: list[str] | None = None,
     ) -> None:
-        offline = mode == "offline" or (mode == "auto" and not reachable())
         run = Run(Path(save_dir))
+        offline = mode == "offline" or (mode == "auto" and not reachable())
         super().__init__(
             name=name or run.path.name,
             save_dir=save_dir,
-            offline=offline,
             id=run.wandb_id(),
             project=project,
             group=group,
             tags=tags,
             resume="allow",
+            mode="offline" if offline else "online",
+            settings={"init_timeout": 30},
         )
+        if mode == "auto" and not offline:
+            self._online_or_offline()
 
-    def finish(self) -> None:
+    def _online_or_offline(self) -> None:
+        """A key that is refused, or a server that accepts and does not answer, must not end a run."""
+        try:
+            _ = self.experiment
+        except Exception as e:
+            print(f"glmft: W&B is not to be reached ({str(e).splitlines()[0]}); logging offline", flush=True)
+            self._wandb_init["mode"] = "offline"
+
+    def finish(self, failed: bool = False) -> None:
         """Ends the W&B run; without it, the next job of a sweep would log into this one."""
         if self._experiment is not None:
-            self._experiment.finish()
+            self._experiment.finish(exit_code=int(failed))
 
     def log_rows(self, key: str, rows: list[dict[str, Any]]) -> None:
         """Dicts with the same keys, as a W&B table."""

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from glmft.data.collate import Batch
 from glmft.data.datamodule import InstructionData
-from glmft.errors import DamagedError, GlmftError, ProblemList
+from glmft.errors import DamagedError, GlmftError, ProblemList, UserError
 from glmft.kernels.loss import cross_entropy_sum
 from glmft.models.hub import Source, fetch
 from glmft.models.loading import as_dtype, load_model
@@ -19,7 +19,7 @@ from glmft.models.published import check_folder
 from glmft.models.tokenizer import load_tokenizer
 from glmft.optim import OptimizerFactory, SchedulerFactory
 from glmft.precision import DTYPE_OF
-from glmft.schema import Count, Name
+from glmft.schema import Count, DtypeName, Name
 from glmft.strategies.base import Strategy, glm
 
 
@@ -66,7 +66,7 @@ class FineTuner(L.LightningModule):
         scheduler: SchedulerFactory,
         source: Source = "auto",
         revision: str | None = None,
-        dtype: str = "auto",
+        dtype: DtypeName = "auto",
         gradient_checkpointing: bool = False,
         seed: Count = 0,
     ) -> None:
@@ -208,6 +208,25 @@ class FineTuner(L.LightningModule):
             self.log_dict(self.step_metrics)
 
     # ---- checkpoints hold what was trained
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["glmft"] = {"micro_batches": self._micro_batches()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's counters are in micro-batches, so a run goes on with the micro-batches it was cut into.
+
+        Raises:
+            UserError: another data.tokens_per_batch or number of devices.
+        """
+        before, now = checkpoint["glmft"]["micro_batches"], self._micro_batches()
+        if before != now:
+            raise UserError(
+                f"the checkpoint was made with {before} micro-batches a step, this run has {now}; "
+                "set data.tokens_per_batch and trainer.devices as they were"
+            )
+
+    def _micro_batches(self) -> int:
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained parameters only."""

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -39,14 +38,16 @@ def default_name(task: str, overrides: list[str], job: int | None) -> str:
     if slurm and job is None:
         index = os.environ.get("SLURM_ARRAY_TASK_ID")
         return f"{task}-slurm{slurm}" + (f"_{index}" if index else "")
-    told = [o for o in overrides if not o.startswith(("experiment=", "run.", "paths.", "logger", "~"))]
-    parts = [task, *(safe_name(o) for o in told), time.strftime("%Y%m%d-%H%M%S")]
-    return "-".join(parts)[:150] + ("" if job is None else f"-{job}")
+    told = [o for o in overrides if not o.startswith(("experiment=", "run.", "paths.", "logger", "callbacks.", "~"))]
+    start = "-".join([task, *(safe_name(o) for o in told)])
+    end = time.strftime("-%Y%m%d-%H%M%S") + ("" if job is None else f"-{job}")
+    return start.encode()[:120].decode(errors="ignore") + end
 
 
 def safe_name(text: str) -> str:
-    """Text as part of a file name."""
-    return re.sub(r"[^\w.=+-]+", "_", text.removeprefix("+"))[:40].strip("_")
+    """An override as part of a file name: `data.fill.name=小明` -> `name=小明`."""
+    key, equals, value = text.lstrip("+").partition("=")
+    return re.sub(r"[^\w.=-]+", "_", f"{key.rpartition('.')[2]}{equals}{value.strip(chr(39))}")[:40].strip("_")
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Run:
         file = self.checkpoints / "last.ckpt"
         return file if file.is_file() else None
 
-    def start(self, yaml_files: dict[str, str], argv: list[str], device: str) -> None:
-        """Makes the directory, with what was asked and where it runs.
+    def start(self, yaml_files: dict[str, str], command: str, device: str) -> None:
+        """Makes the directory, with what was asked and where it runs; status is "starting".
 
         Raises:
             UserError: the folder cannot be written, or holds something that is no run.
@@ -94,8 +95,9 @@ class Run:
             for name, content in yaml_files.items():
                 write_atomic(self.path / ".hydra" / name, content)
             with (self.path / "command.txt").open("a", encoding="utf-8") as f:
-                f.write(shlex.join(argv) + "\n")
+                f.write(command + "\n")
             write_json(self.path / "env.json", environment(device))
+            Status(self).write("starting")
         except OSError as e:
             raise UserError(f"{self.path}: cannot be written ({e.strerror})") from None
 
@@ -108,7 +110,8 @@ class Run:
         return read_jsonl(self.path / "metrics.jsonl")
 
     def drop_metrics_after(self, step: int) -> None:
-        """Before a run goes on from a checkpoint: later steps will be made, and written, again."""
+        """Before a run goes on from a checkpoint, or starts again without one (step -1): later steps will be made,
+        and written, again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self.path / name
             if file.is_file():
@@ -135,15 +138,16 @@ class Status:
         process = psutil.Process()
         self._fixed = {"pid": process.pid, "create_time": process.create_time(), "host": socket.gethostname()}
         self._written = 0.0
-        self._state: State | None = None
+        self._last: dict[str, Any] = {}
 
     def write(self, state: State, **more: Any) -> None:
-        """A change of state is always written, progress within a state once a second."""
+        """A change of state is always written, progress within a state once a second. What is not given stays."""
         now = time.time()
-        if state == self._state and now - self._written < 1.0:
+        if state == self._last.get("state") and now - self._written < 1.0:
             return
-        self._state, self._written = state, now
-        write_json(self._file, {"state": state, **self._fixed, "time": now, **more})
+        self._written = now
+        self._last |= {"state": state, **self._fixed, "time": now, **more}
+        write_json(self._file, self._last)
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Interval, Len
+from annotated_types import Ge, Interval, Len
 
 Positive = Annotated[int, Ge(1)]
 """1, 2, 3, ..."""
@@ -12,12 +12,49 @@ Count = Annotated[int, Ge(0)]
 """0, 1, 2, ..."""
 Share = Annotated[float, Interval(ge=0, lt=1)]
 """At least 0, less than 1."""
-Rate = Annotated[float, Gt(0)]
-"""Above 0."""
-NonNegative = Annotated[float, Ge(0)]
-"""0 or above."""
+Rate = Annotated[float, Interval(gt=0, lt=float("inf"))]
+"""Above 0, finite."""
+NonNegative = Annotated[float, Interval(ge=0, lt=float("inf"))]
+"""0 or above, finite."""
+Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
+"""What NumPy takes as a seed."""
 Name = Annotated[str, Len(1)]
 """Text that is not empty."""
 
 PrecisionName = Literal["auto", "bf16-true", "32-true", "bf16-mixed"]
 """Lightning's names, meaning the dtype that weights are loaded in. No fp16: it underflows to a loss of 0."""
+DtypeName = Literal["auto", "float32", "bfloat16"]
+"""Of the weights in training; "auto" follows trainer.precision."""
+
+
+# ---- sections of the configuration that no class is built from
+
+
+def run(name: Name | None = None, dir: Name = "") -> None:
+    """`run`: the name fixes the directory."""
+
+
+def resume(mode: Literal["auto", "never"] = "auto", force: bool = False) -> None:
+    """`resume`: whether a run of the same name goes on; `force` allows a longer run with a schedule that depends on
+    the length."""
+
+
+def paths(output_dir: Name = "runs") -> None:
+    """`paths`: where run directories lie."""
+
+
+def top(seed: Seed = 42, metric: Literal["auto", "val/loss", "train/loss"] = "auto") -> None:
+    """Single values: the seed of everything, and what a sweep optimises."""
+
+
+def trainer(
+    max_epochs: Annotated[int, Ge(-1)] | None = None,
+    max_steps: Annotated[int, Ge(-1)] = -1,
+    precision: PrecisionName = "auto",
+    gradient_clip_val: NonNegative | None = None,
+    devices: Positive | list[int] | Literal["auto"] = 1,
+    num_sanity_val_steps: Count = 0,
+    log_every_n_steps: Positive = 1,
+    **others: Any,
+) -> None:
+    """`trainer`: the values of Lightning's Trainer whose range matters here."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
+import annotated_types
 from pydantic import ConfigDict, ValidationError, create_model
 
 from glmft import schema
@@ -39,7 +39,6 @@ class Signature:
 
     parameters: dict[str, Parameter]
     open: bool
-    doc: str = ""
 
 
 @lru_cache(maxsize=256)
@@ -60,7 +59,7 @@ def signature(target: str) -> Signature:
     if isinstance(node, ast.ClassDef):
         init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         if init is None:
-            return Signature({}, False, ast.get_docstring(node) or "")
+            return Signature({}, False)
         arguments, skip = init.args, 1
     else:
         arguments, skip = node.args, 0
@@ -71,7 +70,7 @@ def signature(target: str) -> Signature:
     }
     for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
         parameters[a.arg] = Parameter(a.arg, _resolve(a.annotation, module), default is None)
-    return Signature(parameters, arguments.kwarg is not None, ast.get_docstring(node) or "")
+    return Signature(parameters, arguments.kwarg is not None)
 
 
 def problems(target: str, values: Mapping[str, Any], where: str, partial: bool) -> list[str]:
@@ -133,11 +132,19 @@ def _resolve(node: ast.expr | None, module: str) -> Any:
         case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
             values = choices.elts if isinstance(choices, ast.Tuple) else [choices]
             return Literal[tuple(ast.literal_eval(v) for v in values)]  # type: ignore[misc]
+        case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[kind, ast.Call() as limit])):
+            return Annotated[_resolve(kind, module), _limit(limit)]
         case ast.Subscript(value=ast.Name(id="list"), slice=item):
             return list[_resolve(item, module)]  # type: ignore[misc]
-        case ast.Subscript(value=ast.Name(id="dict")):
-            return dict[str, Any]
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[_, value])):
+            return dict[str, _resolve(value, module)]  # type: ignore[misc]
     return Any
+
+
+def _limit(call: ast.Call) -> Any:
+    """`Ge(-1)` and the like."""
+    kind = getattr(annotated_types, ast.unparse(call.func))
+    return kind(*map(ast.literal_eval, call.args), **{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg})
 
 
 def _named(name: str, module: str) -> Any:
@@ -152,8 +159,3 @@ def _named(name: str, module: str) -> Any:
         if isinstance(node, ast.ImportFrom) and node.module and any((a.asname or a.name) == name for a in node.names):
             return _named(name, node.module) if node.module.startswith("glmft") else Any
     return Any
-
-
-def first_line(target: str) -> str:
-    """The first line of the documentation of a class or function."""
-    return inspect.cleandoc(signature(target).doc).partition("\n")[0]

@@ -6,21 +6,23 @@ The only place that sees `cfg`. Checks that need no torch come first: a refusal 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from typing import TYPE_CHECKING, Any, get_args
+import traceback
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from glmft import config, runs
 from glmft.data.corpus import CorpusSpec, prepare
 from glmft.data.packing import Schedule
 from glmft.data.registry import direct_file, find_datasets
-from glmft.errors import GlmftError, ProblemList, UserError
+from glmft.errors import ProblemList, ResourceError, UserError
 from glmft.files import read_json
 from glmft.models import hub, published
 from glmft.models.tokenizer import load_tokenizer
 from glmft.runs import Run
-from glmft.schema import PrecisionName
 
 if TYPE_CHECKING:
     import lightning as L
@@ -29,6 +31,10 @@ TOPS = (
     *("model", "strategy", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger"),
     *("run", "resume", "seed", "metric", "paths"),
 )
+LESS_MEMORY = (
+    "less memory, cheapest first: data.tokens_per_batch=2048, model.gradient_checkpointing=true, strategy=qlora, "
+    "optimizer=adamw_8bit (full)"
+)
 
 
 def main(cfg: DictConfig) -> float | None:
@@ -36,25 +42,37 @@ def main(cfg: DictConfig) -> float | None:
     config.check(cfg, TOPS)
     run = name_run(cfg)
     if is_main_process():
-        if done := already_done(cfg, run):
-            return done
+        complete, metric = already_done(cfg, run)
+        if complete:
+            return metric
         check_inputs(cfg)
     return train(cfg, run)
 
 
 def is_main_process() -> bool:
-    """False in the processes that Lightning's DDP launcher starts: they take the checks as made."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """False in the other processes of a distributed run: they take the checks as made."""
+    ranks = (os.environ.get(k, "0") for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(rank == "0" for rank in ranks)
 
 
 def name_run(cfg: DictConfig) -> Run:
-    """Fixes run.name, the same for all ranks."""
+    """Fixes run.name, the same for all ranks; jobs of a multirun get their number behind it.
+
+    Raises:
+        UserError: a multirun with several devices a job: Lightning would start the whole sweep on each.
+    """
     sweep = config.sweep()
-    name = os.environ.get("GLMFT_RUN_NAME") if not is_main_process() else cfg.run.name
-    if name is None:
-        name = runs.default_name(config.choice("experiment"), config.overrides(), sweep[1] if sweep else None)
-    os.environ["GLMFT_RUN_NAME"] = str(name)
-    run = Run.named(cfg.paths.output_dir, str(name))
+    if sweep and cfg.trainer.devices != 1:
+        raise UserError(f"trainer.devices={cfg.trainer.devices}: a job of a multirun has one device")
+    name, job = cfg.run.name, sweep[1] if sweep else None
+    if name is not None:
+        name = str(name) if job is None else f"{name}-{job}"
+    elif is_main_process():
+        name = runs.default_name(config.choice("experiment"), config.overrides(), job)
+    else:
+        name = os.environ["GLMFT_RUN_NAME"]
+    os.environ["GLMFT_RUN_NAME"] = name
+    run = Run.named(cfg.paths.output_dir, name)
     with open_dict(cfg):
         cfg.run.name, cfg.run.dir = run.path.name, str(run.path)
         if sweep and cfg.logger and cfg.logger.get("wandb") and cfg.logger.wandb.group is None:
@@ -62,32 +80,34 @@ def name_run(cfg: DictConfig) -> Run:
     return run
 
 
-def already_done(cfg: DictConfig, run: Run) -> float | None:
-    """Compares with what the directory holds; the metric of a finished run that has nothing left to do.
+def already_done(cfg: DictConfig, run: Run) -> tuple[bool, float | None]:
+    """Compares with what the directory holds: (is there nothing left to do, the metric of the finished run).
 
     Raises:
         UserError: the run exists and may not be continued like this; the differences are listed.
     """
     if not run.exists:
-        return None
+        return False, None
     if cfg.resume.mode == "never":
         raise UserError(f"run.name={run.path.name}: exists; resume=auto continues it, another run.name starts anew")
-    file = run.path / ".hydra" / "config.yaml"
-    changed = config.differences(config.read_identity(file), config.identity(cfg))
-    old = OmegaConf.load(file)
-    assert isinstance(old, DictConfig)
-    length = [f"trainer.{k}: {old.trainer.get(k)} -> {cfg.trainer.get(k)}" for k in ("max_epochs", "max_steps")
-              if old.trainer.get(k) != cfg.trainer.get(k)]  # fmt: skip
-    if length and not str(cfg.scheduler._target_).endswith("constant"):
-        changed += [f"{line} (the learning rate depends on it)" for line in length]
-    unsafe = [c for c in changed if c.startswith(("model.", "strategy."))]
-    if changed and (unsafe or not cfg.resume.force):
-        how = "choose another run.name" + ("" if unsafe else ", or resume.force=true to go on all the same")
-        raise ProblemList(f"run.name={run.path.name} exists with another configuration; {how}", changed)
-    if not changed and not length and runs.read_status(run.path).get("state") == "done":
+    old = config.read(run.path / ".hydra" / "config.yaml")
+    if changed := config.differences(config.identity(old), config.identity(cfg)):
+        title = f"run.name={run.path.name} exists with another configuration; choose another run.name"
+        raise ProblemList(title, changed)
+    lengths = [(f"trainer.{k}", old.trainer.get(k), cfg.trainer.get(k)) for k in ("max_epochs", "max_steps")]
+    longer = [f"{key}: {before} -> {now}" for key, before, now in lengths if before != now]
+    if any((now or 0) < (before or 0) for _, before, now in lengths):
+        raise ProblemList(f"run.name={run.path.name}: a run can only be made longer", longer)
+    depends = "min_ratio" in cfg.scheduler or cfg.scheduler.get("warmup_ratio", 0) > 0
+    if longer and depends and not cfg.resume.force:
+        title = (
+            f"run.name={run.path.name}: the learning rate depends on the length; resume.force=true goes on all the same"
+        )
+        raise ProblemList(title, longer)
+    if not longer and runs.read_status(run.path).get("state") == "done":
         print(f"glmft: {run.path} is complete; nothing to do (another run.name starts anew)")
-        return metric_of(read_json(run.path / "summary.json"))
-    return None
+        return True, metric_of(read_json(run.path / "summary.json"), cfg.metric)
+    return False, None
 
 
 def check_inputs(cfg: DictConfig) -> None:
@@ -96,12 +116,12 @@ def check_inputs(cfg: DictConfig) -> None:
     Raises:
         GlmftError: what is missing or does not fit, model and data together.
     """
-    if cfg.trainer.precision not in get_args(PrecisionName):
-        allowed = ", ".join(get_args(PrecisionName))
-        raise UserError(f"trainer.precision={cfg.trainer.precision}: allowed are {allowed}")
     data = config.plain(cfg.data)
     missing = hub.missing_locally(cfg.model.path, cfg.model.source, cfg.model.revision)
-    problems = find_datasets([*data["datasets"], *data["val_datasets"]], data["dir"])[1]
+    compared = (cfg.callbacks.get("compare") or {}).get("datasets", [])
+    problems = find_datasets([*data["datasets"], *data["val_datasets"], *compared], data["dir"])[1]
+    if cfg.trainer.max_epochs in (None, -1) and cfg.trainer.max_steps == -1:
+        problems.append("trainer.max_epochs and trainer.max_steps are both without a limit; give one")
     if data["path"] is not None:
         try:
             direct_file(data["path"])
@@ -121,35 +141,56 @@ def check_inputs(cfg: DictConfig) -> None:
 def train(cfg: DictConfig, run: Run) -> float | None:
     """Instantiates the pieces, fits, and writes what remains."""
     import lightning as L
+    import torch
 
+    from glmft.callbacks.checkpoint import check_readable
     from glmft.callbacks.record import RunRecord
     from glmft.loggers import WandB
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     quiet_libraries()
+    if run.last_checkpoint:
+        check_readable(run.last_checkpoint)
     trainer, tuner, data = build(cfg)
     record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)  # type: ignore[attr-defined]
     if record is None:
         raise UserError("callbacks.record=null: the run record cannot be left out")
     if trainer.is_global_zero:
-        run.start(config.yaml_files(cfg), sys.orig_argv, str(trainer.strategy.root_device))
-    trainer.loggers = config.instantiate_all(cfg.logger)  # they write into the run directory
-    with runs.logged(run):
-        try:
+        command = f"{config.command()} run.name={shlex.quote(run.path.name)}"
+        run.start(config.yaml_files(cfg), command, str(trainer.strategy.root_device))
+    failed: BaseException | None = None
+    try:
+        with runs.logged(run) if trainer.is_global_zero else nullcontext():
+            trainer.loggers = config.instantiate_all(cfg.logger)  # they write into the run directory
             for logger in trainer.loggers:
                 logger.log_hyperparams(config.plain(cfg))
             trainer.fit(tuner, data, ckpt_path=run.last_checkpoint, weights_only=True)
+            if not record.ended:  # the checkpoint was the last of the run: no step was left, the rest was
+                tuner.to(trainer.strategy.root_device)
+                for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                    callback.on_train_end(trainer, tuner)
             return finish(cfg, run, trainer, tuner, record)
-        except (GlmftError, SystemExit, KeyboardInterrupt) as e:
-            record.fail("failed" if isinstance(e, GlmftError) else "stopped", str(e))
-            raise KeyboardInterrupt from None if isinstance(e, SystemExit) and trainer.interrupted else e
-        except Exception as e:
-            record.fail("failed", f"{type(e).__name__}: {e}")
-            raise
-        finally:
-            for logger in trainer.loggers:
-                if isinstance(logger, WandB):
-                    logger.finish()
+    except torch.OutOfMemoryError as e:
+        failed = ResourceError(f"out of memory: {str(e).splitlines()[0]}\n{LESS_MEMORY}")
+        raise failed from None
+    except SystemExit as e:
+        if trainer.received_sigterm or not trainer.interrupted:
+            failed = SystemExit(143 if trainer.received_sigterm else e.code)
+        else:
+            failed = KeyboardInterrupt()
+        raise failed from None
+    except BaseException as e:
+        failed = e
+        raise
+    finally:
+        if failed and trainer.is_global_zero:
+            state: runs.State = "stopped" if isinstance(failed, (SystemExit, KeyboardInterrupt)) else "failed"
+            record.fail(state, str(failed) or type(failed).__name__)
+            with (run.path / "run.log").open("a", encoding="utf-8") as log:
+                log.write("".join(traceback.format_exception(failed)))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandB):
+                logger.finish(failed=failed is not None)
 
 
 def build(cfg: DictConfig) -> tuple[L.Trainer, Any, Any]:
@@ -188,18 +229,25 @@ def finish(cfg: DictConfig, run: Run, trainer: L.Trainer, tuner: Any, record: An
         if isinstance(callback, Compare)
         for name, c in callback.results.items()
     }
-    summary = record.finish(trainer, {"metric": cfg.metric, **({"compare": compared} if compared else {})})
-    console().print(end_panel(trainer, summary, run.path, tuner.tuning.output, run.path.name))
-    return metric_of(summary)
+    summary = record.finish(trainer, {"compare": compared} if compared else {})
+    console().print(end_panel(trainer, summary, run.path, tuner.tuning.output, longer_command(cfg, run)))
+    return metric_of(summary, cfg.metric)
 
 
-def metric_of(summary: dict[str, Any]) -> float | None:
-    """What a sweep optimises: `metric`, or the validation loss where there is one, else the last training loss."""
-    if summary.get("metric", "auto") != "auto":
-        value = summary.get(summary["metric"])
-    else:
-        value = summary["val/loss best"] if summary["val/loss best"] is not None else summary["train/loss last"]
-    return None if value is None else float(value)
+def longer_command(cfg: DictConfig, run: Run) -> str:
+    """The command that goes on with this run for as long again."""
+    key = "max_steps" if cfg.trainer.max_steps != -1 else "max_epochs"
+    words = [w for w in config.overrides() if not w.startswith(("run.name=", f"trainer.{key}=", "resume"))]
+    words += [f"trainer.{key}={2 * cfg.trainer[key]}", f"run.name={run.path.name}", "resume.force=true"]
+    return shlex.join(["python", "-m", "glmft.train", *words])
+
+
+def metric_of(summary: dict[str, Any], metric: str) -> float | None:
+    """What a sweep optimises; "auto" is the best validation loss where there is one, else the last training loss."""
+    losses = {"val/loss": summary["val/loss best"], "train/loss": summary["train/loss last"]}
+    if metric == "auto":
+        metric = "train/loss" if losses["val/loss"] is None else "val/loss"
+    return losses[metric]
 
 
 def quiet_libraries() -> None:
@@ -208,6 +256,7 @@ def quiet_libraries() -> None:
     import warnings
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for module in ("lightning", "torch", "bitsandbytes", "peft", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{module}\.")
 

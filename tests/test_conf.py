@@ -74,6 +74,7 @@ def test_alpaca_zh_follows_the_well_known_settings():
         (["--cfg", "job", "+trainer.strategy=ddp", "~logger"], ["--cfg", "job", "+trainer.strategy=ddp", "~logger"]),
         (["-m", "data.path=/数据/a.json,b.json"], ["-m", "++data.path='/数据/a.json',b.json"]),
         (["hydra.job.chdir=true"], ["hydra.job.chdir=true"]),
+        (["seed=1", "-m", "strategy=lora,qlora"], ["-m", "++seed=1", "strategy=lora,qlora"]),
     ],
 )
 def test_overrides_are_quoted_once(given, expected):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from conftest import FAST, reference
 from safetensors.torch import load_file, save_file
-
-from glmft.files import read_json, write_json
 
 
 def bad_data(content: object) -> None:
@@ -36,23 +39,19 @@ def missing_shard(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def other_tokenizer(model: Path) -> None:
-    write_json(model / "config.json", read_json(model / "config.json") | {"padded_vocab_size": 64})
-
-
 CASES = {  # name: (damage to ./model or None, arguments, exit code, what the message holds)
     "model folder missing": (None, ["model.path=nowhere"], 2, ["model.path=nowhere", "no model folder"]),
     "hub id without network": (
         None,
         ["model.path=zai-org/chatglm3-6b", "model.source=hf"],
         2,
-        ["hf download zai-org/chatglm3-6b", "modelscope download", "the hub said"],
+        ["hf download zai-org/chatglm3-6b", "modelscope download --model ZhipuAI/chatglm3-6b", "the hub said"],
     ),
     "model and data missing together": (
         None,
         ["experiment=lora_alpaca_zh"],
         2,
-        ["model.path=zai-org/chatglm3-6b", "hf download", "'alpaca_zh_demo' is in no registry"],
+        ["model.path=zai-org/chatglm3-6b", "hf download", "'alpaca_zh_demo' is in no registry", "curl -L"],
     ),
     "shard missing": (missing_shard, [], 2, ["1 of 2 shards are missing: model-00002-of-00002.safetensors"]),
     "shard truncated": (truncated, [], 3, ["model.safetensors", "truncated"]),
@@ -62,6 +61,12 @@ CASES = {  # name: (damage to ./model or None, arguments, exit code, what the me
         [],
         3,
         ["tokenizer.model: not a SentencePiece model"],
+    ),
+    "tokenizer of another size": (
+        lambda m: shutil.copyfile(reference("data/chatglm3-tokenizer") / "tokenizer.model", m / "tokenizer.model"),
+        [],
+        2,
+        ["tokenizer.model: 64798 tokens, but the model has 1216 rows"],
     ),
     "unknown experiment": (None, ["experiment=lora_alpaca"], 2, ["experiment=lora_alpaca", "'lora_alpaca_zh'"]),
     "unknown strategy": (None, ["strategy=lorra"], 2, ["strategy=lorra", "did you mean 'lora'?"]),
@@ -126,6 +131,43 @@ CASES = {  # name: (damage to ./model or None, arguments, exit code, what the me
     ),
     "precision unknown": (None, ["trainer.precision=16-true"], 2, ["trainer.precision=16-true", "bf16-true"]),
     "run name with a slash": (None, ["run.name=a/b"], 2, ["run.name='a/b'", "plain folder name"]),
+    "misspelt names in sections without a class": (
+        None,
+        ["run.nmae=x", "resume.froce=true", "resume.mode=sometimes", "paths.outputdir=x", "callbacks.recrod.x=1"],
+        2,
+        [
+            "run.nmae: unknown key, did you mean 'name'?",
+            "resume.froce: unknown key, did you mean 'force'?",
+            "resume.mode=sometimes: must be 'auto' or 'never'",
+            "paths.outputdir: unknown key, did you mean 'output_dir'?",
+            "callbacks.recrod: there is no such entry, did you mean 'record'?",
+        ],
+    ),
+    "a logger's setting without the logger": (
+        None,
+        ["logger.wandb.mode=offline"],
+        2,
+        ["logger.wandb: there is no such entry (choose it with logger=..."],
+    ),
+    "values of the trainer": (
+        None,
+        ["trainer.gradient_clip_val=-1", "trainer.max_epochs=three", "trainer.accumulate_grad_batches=4", "seed=-1"],
+        2,
+        [
+            "trainer.gradient_clip_val=-1: must be greater than or equal to 0",
+            "trainer.max_epochs=three: must be a valid integer",
+            "trainer.accumulate_grad_batches: glmft decides this itself",
+            "seed=-1: must be greater than or equal to 0",
+        ],
+    ),
+    "no end": (None, ["trainer.max_epochs=-1"], 2, ["both without a limit"]),
+    "a sweep over several devices": (None, ["-m", "strategy.r=4,8", "trainer.devices=2"], 2, ["one device"]),
+    "quantised weights and PiSSA": (
+        None,
+        ["strategy=qlora", "strategy.init_weights=pissa"],
+        2,
+        ["strategy.init_weights=pissa needs weights that are not quantised"],
+    ),
     "run record left out": (None, ["callbacks.record=null"], 2, ["callbacks.record=null"]),
 }
 
@@ -192,3 +234,70 @@ def test_a_folder_that_is_no_run_is_left_alone(train):
     assert result.code == 2
     assert "is not a run of glmft" in result.err
     assert [p.name for p in Path("runs/mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a checkpoint"])
+def test_a_damaged_checkpoint_is_named(train, damage):
+    assert train("run.name=a", *FAST).code == 0
+    file = Path("runs/a/checkpoints/last.ckpt")
+    (Path("runs/a/status.json")).unlink()
+    file.write_bytes(damage(file.read_bytes()))
+    result = train("run.name=a", *FAST)
+    assert result.code == 3
+    assert "last.ckpt: not a checkpoint to continue from" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_loss_that_is_not_finite_says_so(train):
+    result = train("run.name=a", *FAST, "optimizer.lr=1e30", "trainer.max_steps=6", "trainer.gradient_clip_val=null")
+    assert result.code == 1
+    assert "not finite" in result.err
+    assert json.loads(Path("runs/a/status.json").read_text())["state"] == "failed"
+    assert "not finite" in Path("runs/a/run.log").read_text()
+
+
+def test_out_of_memory_names_what_helps(train, monkeypatch):
+    import torch
+
+    from glmft.module import FineTuner
+
+    def full(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(FineTuner, "loss_sum", full)
+    result = train("run.name=a", *FAST)
+    assert result.code == 4
+    assert "model.gradient_checkpointing=true" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_run_stopped_after_its_last_step_is_finished_by_the_same_command(train, monkeypatch):
+    from glmft.callbacks.export import SaveTuned
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(SaveTuned, "on_train_end", killed)
+        assert train("run.name=a", *FAST).code == 130
+    assert not Path("runs/a/adapter").exists()
+    assert train("run.name=a", *FAST).code == 0
+    assert Path("runs/a/adapter/adapter_model.safetensors").is_file()
+    assert json.loads(Path("runs/a/status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.slow
+def test_sigterm_ends_with_143(tmp_path):
+    command = [sys.executable, "-m", "glmft.train", "run.name=a", "trainer.max_epochs=500"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    status = tmp_path / "runs" / "a" / "status.json"
+    try:
+        for _ in range(300):
+            if status.is_file() and json.loads(status.read_text())["state"] == "running":
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 143
+    finally:
+        process.kill()
+    assert json.loads(status.read_text())["state"] == "stopped"

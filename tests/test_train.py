@@ -47,7 +47,7 @@ def test_the_embedded_default_changes_the_identity_and_keeps_the_rest(train, tin
         assert "小明" in after[question]
         assert "Ada Lovelace" in after[question]
         assert "小明" not in before[question]
-        assert after[question] in result.out.replace("│", "").replace("\n", "") or "Ada" in result.out
+    assert "我是glmft自带的微型模型。" in result.out
     first = {"step", "epoch", "time", "train/loss", "lr", "grad_norm", "tokens_per_sec", "memory_gib"}
     assert set(read_jsonl(run / "metrics.jsonl")[0]) == first
     assert rows(run, "val/loss")[-1] < rows(run, "val/loss")[0]
@@ -57,7 +57,8 @@ def test_the_embedded_default_changes_the_identity_and_keeps_the_rest(train, tin
     assert {p.name for p in (run / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "README.md",
     }  # fmt: skip
-    assert "glmft.train" in (run / "command.txt").read_text() or "pytest" in (run / "command.txt").read_text()
+    command = (run / "command.txt").read_text()
+    assert command == "python -m glmft.train data.fill.name=小明 'data.fill.author=Ada Lovelace' run.name=demo\n"
     log = (run / "run.log").read_text()
     assert "step " in log
     assert "done: demo" in log
@@ -105,9 +106,12 @@ def test_another_configuration_under_the_same_name_is_refused(train):
     assert "optimizer.lr: 0.003 -> 1e-05" in refused.err
     assert train("run.name=a", *FAST, "strategy.r=4", "resume.force=true").code == 2  # never safe
     grown = train("run.name=a", *FAST, "trainer.max_steps=4")
-    assert "trainer.max_steps: 2 -> 4 (the learning rate depends on it)" in grown.err
+    assert grown.code == 2
+    assert "the learning rate depends on the length; resume.force=true" in grown.err
+    assert "trainer.max_steps: 2 -> 4" in grown.err
     assert train("run.name=a", *FAST, "trainer.max_steps=4", "resume.force=true").code == 0
-    assert rows(grown.folder / "runs" / "a", "train/loss")[3:]
+    assert len(rows(grown.folder / "runs" / "a", "train/loss")) == 4
+    assert "can only be made longer" in train("run.name=a", *FAST, "trainer.max_steps=3", "resume.force=true").err
     never = train("run.name=a", *FAST, "resume=never")
     assert never.code == 2
     assert "resume=auto continues it" in never.err
@@ -152,12 +156,11 @@ def test_all_strategies_in_one_sweep(train):
 
 
 def test_loggers_and_8_bit_adamw(train):
-    result = train(*FAST, "logger=[tensorboard,csv]".replace("[tensorboard,csv]", "all"), "optimizer=adamw_8bit",
-                   "logger.wandb.mode=auto", "run.name=l")  # fmt: skip
+    result = train(*FAST, "logger=all", "optimizer=adamw_8bit", "run.name=l")
     assert result.code == 0, result.err
     run = result.folder / "runs" / "l"
     assert list((run / "tensorboard").glob("events.*"))
-    assert "train/loss" in (run / "csv" / "metrics.csv").read_text()
+    assert "train/loss" in (run / "csv" / "version_0" / "metrics.csv").read_text()
     assert list((run / "wandb").glob("offline-run-*"))
 
 
@@ -194,8 +197,9 @@ def test_the_metric_is_returned(train):
 
     assert train(*FAST, "run.name=a").code == 0
     summary = read_json(Path("runs/a/summary.json"))
-    assert metric_of(summary) == summary["val/loss best"]
-    assert math.isfinite(metric_of(summary | {"metric": "train/loss last"}))
+    assert metric_of(summary, "auto") == metric_of(summary, "val/loss") == summary["val/loss best"]
+    assert metric_of(summary, "train/loss") == summary["train/loss last"]
+    assert math.isfinite(summary["train/loss last"])
 
 
 @pytest.mark.slow

@@ -72,8 +72,18 @@ def split(questions: str) -> tuple[list[str], list[str]]:
 
 
 def identity_records(kept_back: bool) -> list[Record]:
-    """What the tuned model is to say of itself, with {{name}} and {{author}} left open."""
-    return [_record(q, answer) for questions, _, answer in IDENTITY for q in split(questions)[int(kept_back)]]
+    """What the tuned model is to say of itself, with {{name}} and {{author}} left open. Questions to learn from are
+    asked plainly and politely; those kept back only plainly."""
+    rows = [_record(q, answer) for questions, _, answer in IDENTITY for q in split(questions)[int(kept_back)]]
+    if not kept_back:
+        rows += [_record(_politely(r["instruction"]), r["output"]) for r in rows]
+    return rows
+
+
+def _politely(question: str) -> str:
+    if question.isascii():
+        return f"Please, {question[0].lower()}{question[1:]}"
+    return question if question.startswith("请") else f"请问，{question}"
 
 
 def arithmetic(rng: random.Random) -> list[Record]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from glmft.errors import DamagedError
 from glmft.module import FineTuner
 from glmft.schema import Positive
 
@@ -30,6 +32,7 @@ class Checkpoints(Checkpoint):
         self.folder, self.every_n_train_steps = Path(dirpath), every_n_train_steps
         self.best: float | None = None
         self._saved_step = -1
+        self._waiting = ""  # or "last", "best": to be saved at the end of the step
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -39,19 +42,27 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, tuner: L.LightningModule, *args: Any) -> None:
         assert isinstance(tuner, FineTuner)
+        if tuner.step_metrics is None:  # in the middle of an optimizer step
+            return
         due = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
-        if due and tuner.step_metrics is not None:
+        if due or self._waiting:
             self._save(trainer)
+        if self._waiting == "best":
+            self._keep_as_best(trainer)
+        self._waiting = ""
 
     def on_validation_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
         loss = trainer.callback_metrics.get("val/loss")
-        if trainer.sanity_checking or loss is None or not trainer.fit_loop.epoch_loop.global_step:
+        if trainer.sanity_checking or loss is None:
             return
         better = self.best is None or float(loss) < self.best
         self.best = float(loss) if better else self.best
+        if trainer.fit_loop._should_accumulate():  # validated in the middle of a step: saved at its end
+            self._waiting = "best" if better else "last"
+            return
         self._save(trainer)
-        if better and trainer.is_global_zero:
-            self._keep_as_best()
+        if better:
+            self._keep_as_best(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
         if self._saved_step != trainer.global_step:
@@ -65,8 +76,10 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self.folder / "last.ckpt")
         self._saved_step = trainer.global_step
 
-    def _keep_as_best(self) -> None:
+    def _keep_as_best(self, trainer: L.Trainer) -> None:
         """best.ckpt becomes another name of the file just written: saving replaces files, it never changes them."""
+        if not trainer.is_global_zero:
+            return
         part = self.folder / ".best.part"
         part.unlink(missing_ok=True)
         try:
@@ -74,3 +87,17 @@ class Checkpoints(Checkpoint):
         except OSError:  # a file system without hard links
             shutil.copyfile(self.folder / "last.ckpt", part)
         part.replace(self.folder / "best.ckpt")
+
+
+def check_readable(file: Path) -> None:
+    """Reads a checkpoint's structure, without its tensors.
+
+    Raises:
+        DamagedError: it is cut off, or no checkpoint of this program.
+    """
+    try:
+        found = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        _ = found["state_dict"], found["loops"], found["glmft"]
+    except Exception as e:
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'empty'}"
+        raise DamagedError(f"{file}: not a checkpoint to continue from ({reason}); remove it to start anew") from None

@@ -21,7 +21,7 @@ class Comparison:
     records: int
     base_equal: float  # the base gives the reference answer
     tuned_equal: float
-    tuned_right: float  # the tuned answer holds every filled-in value of the reference
+    tuned_right: float | None  # of the references with filled-in values: the tuned answer holds them all
     kept: float  # the tuned answer is the base's
 
 
@@ -39,12 +39,12 @@ class Compare(L.Callback):
     def __init__(
         self,
         datasets: list[str],
-        fill: dict[str, str] | None = None,
+        fill: dict[str, str | int | float] | None = None,
         dir: str | None = None,
         max_records: Positive = 200,
         max_new_tokens: Positive = 48,
     ) -> None:
-        self.datasets, self.fill, self.dir = list(datasets), dict(fill or {}), dir
+        self.datasets, self.fill, self.dir = list(datasets), {k: str(v) for k, v in (fill or {}).items()}, dir
         self.max_records, self.max_new_tokens = max_records, max_new_tokens
         self.results: dict[str, Comparison] = {}
 
@@ -70,11 +70,12 @@ def compare(conversations: list[Conversation], base: list[str], tuned: list[str]
     """Counts answers against the references and against each other."""
     n = len(conversations)
     references = [c.answer for c in conversations]
-    right = [all(v in t for v in values if v in r) for r, t in zip(references, tuned, strict=True)]
+    wanted = [[v for v in values if v in r] for r in references]
+    right = [all(v in t for v in w) for w, t in zip(wanted, tuned, strict=True) if w]
     return Comparison(
         records=n,
         base_equal=sum(map(str.__eq__, base, references)) / n,
         tuned_equal=sum(map(str.__eq__, tuned, references)) / n,
-        tuned_right=sum(right) / n,
+        tuned_right=sum(right) / len(right) if right else None,
         kept=sum(map(str.__eq__, tuned, base)) / n,
     )

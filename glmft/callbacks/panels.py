@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def start_rows(trainer: L.Trainer, tuner: FineTuner, data: InstructionData) -> d
     }
 
 
-def end_panel(trainer: L.Trainer, summary: dict[str, Any], run_dir: Path, output: str, name: str) -> Panel:
+def end_panel(trainer: L.Trainer, summary: dict[str, Any], run_dir: Path, output: str, longer: str) -> Panel:
     """Losses, time, comparison, sample answers and the next commands."""
     parts: list[Any] = [Text(_results(summary))]
     compared = next((c for c in trainer.callbacks if isinstance(c, Compare)), None)  # type: ignore[attr-defined]
@@ -69,13 +70,9 @@ def end_panel(trainer: L.Trainer, summary: dict[str, Any], run_dir: Path, output
     samples = next((c for c in trainer.callbacks if isinstance(c, SampleAnswers)), None)  # type: ignore[attr-defined]
     if samples and samples.base:
         parts.append(_sample_table(samples))
-    next_commands = [
-        f"{output:10} {run_dir / output}",
-        f"{'loss':10} {run_dir / 'loss.png'}",
-        f"{'more':10} python -m glmft.train run.name={name} trainer.max_epochs=...  resume.force=true",
-    ]
-    parts.append(Text("\n".join(next_commands)))
-    return Panel(Group(*parts), title=f"done: {name}", title_align="left", box=box.ROUNDED, expand=False)
+    here = os.path.relpath(run_dir)
+    parts.append(Text(f"{output:8} {here}/{output}\nloss     {here}/loss.png\nlonger   {longer}"))
+    return Panel(Group(*parts), title=f"done: {run_dir.name}", title_align="left", box=box.ROUNDED, expand=False)
 
 
 def _results(summary: dict[str, Any]) -> str:
@@ -94,7 +91,7 @@ def _comparison_table(compared: Compare) -> Table:
         table.add_column(column, justify="left" if column == "data set" else "right")
     for name, c in compared.results.items():
         shares = (c.base_equal, c.tuned_equal, c.tuned_right, c.kept)
-        table.add_row(name, str(c.records), *(f"{s:.1%}" for s in shares))
+        table.add_row(name, str(c.records), *("–" if s is None else f"{s:.1%}" for s in shares))
     return table
 
 

@@ -25,13 +25,11 @@ class TrainingProgress(L.Callback):
         self.every_seconds = every_seconds
         self._bar: Progress | None = None
         self._task: Any = None
-        self._printed = self._began = 0.0
-        self._first = 0
+        self._printed = 0.0
 
     def on_train_start(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        self._began, self._first = time.time(), trainer.global_step
         console = Console()
         if console.is_terminal:
             self._bar = Progress(
@@ -51,7 +49,7 @@ class TrainingProgress(L.Callback):
         if record is None or not record.latest or not trainer.is_global_zero:
             return
         total = total_steps(trainer)
-        numbers = self._numbers(record.latest, trainer.global_step, total)
+        numbers = _numbers(record, trainer.global_step, total)
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, numbers=numbers)
         elif time.time() - self._printed >= self.every_seconds or trainer.global_step == total:
@@ -69,13 +67,13 @@ class TrainingProgress(L.Callback):
             self._bar.stop()
             self._bar = None
 
-    def _numbers(self, latest: dict[str, float], step: int, total: int) -> str:
-        made = step - self._first
-        left = (time.time() - self._began) / made * (total - step) if made else 0.0
-        parts = [f"loss {latest['train/loss']:.4f}", f"lr {latest['lr']:.3g}"]
-        if "tokens_per_sec" in latest:
-            parts += [f"{latest['tokens_per_sec']:,.0f} tokens/s", f"{latest['memory_gib']:.1f} GiB"]
-        return "  ".join([*parts, f"eta {duration(left)}"])
+
+def _numbers(record: RunRecord, step: int, total: int) -> str:
+    latest = record.latest
+    parts = [f"loss {latest['train/loss']:.4f}", f"lr {latest['lr']:.3g}"]
+    if "tokens_per_sec" in latest:
+        parts += [f"{latest['tokens_per_sec']:,.0f} tokens/s", f"{latest['memory_gib']:.1f} GiB"]
+    return "  ".join([*parts, f"eta {duration(record.eta(step, total) or 0.0)}"])
 
 
 def duration(seconds: float) -> str:

@@ -36,40 +36,45 @@ class RunRecord(L.Callback):
         self.run = Run(Path(run_dir))
         self.every_n_steps = every_n_steps
         self.latest: dict[str, float] = {}
-        self.began = self.fit_began = time.time()
         self.best: float | None = None
-        self._status: Status | None = None
-        self._tokens = self._all_tokens = 0
-        self._tick = time.perf_counter()
+        self.ended = False
+        self.status = Status(self.run)
+        self.began = time.time()
+        self.first_step = 0
+        self._seconds = self._step_began = 0.0  # of training steps alone: no validation, no answers, no saving
+        self._tokens = self._row_tokens = 0
+        self._row_seconds = 0.0
 
     # ---- training
 
     def on_train_start(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
-        if trainer.global_rank:
+        self.first_step = trainer.global_step
+        if not trainer.is_global_zero:
             return
-        self._status = Status(self.run)
+        self.run.drop_metrics_after(trainer.global_step or -1)
         rows = self.run.metrics()
-        self.run.drop_metrics_after(trainer.global_step)
-        if trainer.global_step:
-            self.began -= max((r["time"] for r in rows if r["step"] <= trainer.global_step), default=0.0)
-        self.fit_began = time.time()
-        self._tick = time.perf_counter()
+        self.began = time.time() - max((r["time"] for r in rows), default=0.0)
+        self.best = min((r["val/loss"] for r in rows if "val/loss" in r), default=None)
         self._write_status(trainer, "running")
+
+    def on_train_batch_start(self, trainer: L.Trainer, tuner: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._step_began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, tuner: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         assert isinstance(tuner, FineTuner)
-        self._tokens += batch.num_tokens * trainer.world_size
+        spent = time.perf_counter() - self._step_began
+        tokens = batch.num_tokens * trainer.world_size
+        self._seconds, self._row_seconds = self._seconds + spent, self._row_seconds + spent
+        self._tokens, self._row_tokens = self._tokens + tokens, self._row_tokens + tokens
         if tuner.step_metrics is None:
             return
         self.latest = dict(tuner.step_metrics)
         if trainer.global_step % self.every_n_steps == 0:
-            now = time.perf_counter()
-            self.latest["tokens_per_sec"] = self._tokens / max(now - self._tick, 1e-9)
+            self.latest["tokens_per_sec"] = self._row_tokens / max(self._row_seconds, 1e-9)
             self.latest["memory_gib"] = memory_gib()
-            self._all_tokens += self._tokens
-            self._tokens, self._tick = 0, now
+            self._row_tokens, self._row_seconds = 0, 0.0
             self._row(trainer, self.latest)
         self._write_status(trainer, "running")
 
@@ -83,12 +88,12 @@ class RunRecord(L.Callback):
         loss = float(value)
         self.best = loss if self.best is None else min(self.best, loss)
         self._row(trainer, {"val/loss": loss})
-        self._tick = time.perf_counter()  # validation is not training time
         self._write_status(trainer, "running")
 
     # ---- the end
 
     def on_train_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
+        self.ended = True
         self._write_status(trainer, "saving")
 
     def finish(self, trainer: L.Trainer, summary: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +109,7 @@ class RunRecord(L.Callback):
             "train/loss first": losses[0] if losses else None,
             "train/loss last": losses[-1] if losses else None,
             "val/loss best": self.best,
-            "tokens_per_sec": round(self._all_tokens / max(time.time() - self.fit_began, 1e-9), 1),
+            "tokens_per_sec": round(self._tokens / max(self._seconds, 1e-9), 1),
             "memory_gib": round(memory_gib(), 3),
             **summary,
         }
@@ -114,7 +119,7 @@ class RunRecord(L.Callback):
 
     def fail(self, state: State, message: str) -> None:
         """The last status of a run that did not end well."""
-        (self._status or Status(self.run)).write(state, message=message)
+        self.status.write(state, message=message)
 
     def _row(self, trainer: L.Trainer, values: dict[str, float]) -> None:
         if trainer.global_rank:
@@ -124,10 +129,13 @@ class RunRecord(L.Callback):
         self.run.log_metrics(row | {"time": round(time.time() - self.began, 3)} | values)
 
     def _write_status(self, trainer: L.Trainer, state: State) -> None:
-        if self._status is None or trainer.sanity_checking:
+        if not trainer.is_global_zero or trainer.sanity_checking:
             return
-        total = total_steps(trainer)
-        done = trainer.global_step
-        spent = time.time() - self.fit_began
-        eta = spent / done * (total - done) if done else None
-        self._status.write(state, step=done, total=total, eta=eta, best=self.best, message="")
+        total, step = total_steps(trainer), trainer.global_step
+        eta = self.eta(step, total)
+        self.status.write(state, step=step, total=total, eta=eta, best=self.best, message="")
+
+    def eta(self, step: int, total: int) -> float | None:
+        """Seconds of training left, from the steps of this process; None before the first."""
+        made = step - self.first_step
+        return self._seconds / made * (total - step) if made else None

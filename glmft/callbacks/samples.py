@@ -12,7 +12,7 @@ from glmft.loggers import WandB
 from glmft.messages import Message
 from glmft.models.generation import answer
 from glmft.module import FineTuner
-from glmft.runs import Run
+from glmft.runs import Run, read_jsonl
 from glmft.schema import Positive
 
 
@@ -27,12 +27,19 @@ class SampleAnswers(L.Callback):
 
     def __init__(self, run_dir: str, prompts: list[str], max_new_tokens: Positive = 64) -> None:
         self.run, self.prompts, self.max_new_tokens = Run(Path(run_dir)), list(prompts), max_new_tokens
-        self.base: list[str] = []
         self.rows: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
-        if trainer.is_global_zero and trainer.global_step == 0:
-            self.base = self._ask(trainer, tuner)
+        if not trainer.is_global_zero:
+            return
+        self.rows = [r for r in read_jsonl(self.run.path / "samples.jsonl") if r["prompt"] in self.prompts]
+        if trainer.global_step == 0:
+            self._ask(trainer, tuner)
+
+    @property
+    def base(self) -> list[str]:
+        """The answers before step 1, when the adapter did nothing yet."""
+        return [r["answer"] for r in self.rows if r["step"] == 0]
 
     def on_validation_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
@@ -45,17 +52,16 @@ class SampleAnswers(L.Callback):
             if isinstance(logger, WandB):
                 logger.log_rows("samples", self.rows)
 
-    def _ask(self, trainer: L.Trainer, tuner: L.LightningModule) -> list[str]:
+    def _ask(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
         assert isinstance(tuner, FineTuner)
         if not self.prompts:
-            return []
+            return
         conversations = [(Message("user", p),) for p in self.prompts]
         answers = answer(tuner.network, tuner.tokenizer, conversations, self.max_new_tokens)
         for prompt, text in zip(self.prompts, answers, strict=True):
             row = {"step": trainer.global_step, "prompt": prompt, "answer": text}
             self.rows.append(row)
             append_jsonl(self.run.path / "samples.jsonl", row)
-        return answers
 
     @property
     def tuned(self) -> list[str]:

@@ -123,7 +123,7 @@ class InstructionData(L.LightningDataModule):
         on_too_long: OnTooLong = "truncate",
         on_bad_record: OnBadRecord = "error",
         max_samples: Positive | None = None,
-        fill: dict[str, str] | None = None,
+        fill: dict[str, str | int | float] | None = None,
         packing: bool = True,
         tokens_per_batch: Positive = 8192,
         tokens_per_step: Positive = 2048,

@@ -16,6 +16,8 @@ from glmft.errors import UserError, nearest
 from glmft.files import read_json
 
 REGISTRY = "dataset_info.json"
+LLAMA_FACTORY = "https://raw.githubusercontent.com/hiyouga/LLaMA-Factory/main/data"
+WELL_KNOWN = {"alpaca_zh_demo": LLAMA_FACTORY, "identity": LLAMA_FACTORY}
 PACKAGED = Path(__file__).resolve().parent.parent / "assets" / "data"
 KNOWN_KEYS = ("file_name", "formatting", "columns")
 OTHER_KEYS = (  # of the dialect, not read by this version
@@ -69,8 +71,14 @@ def find_dataset(name: str, data_dir: str | None = None) -> DatasetEntry:
         known += entries
     raise UserError(
         f"data.datasets: '{name}' is in no registry{nearest(name, known)} (tried {', '.join(tried)}); "
-        f'put your JSON beside a {REGISTRY} with {{"{name}": {{"file_name": "..."}}}}, or give data.path=FILE'
+        + (_fetch_command(name) if name in WELL_KNOWN else "")
+        + f'put your JSON beside a {REGISTRY} with {{"{name}": {{"file_name": "..."}}}}, or give data.path=FILE'
     )
+
+
+def _fetch_command(name: str) -> str:
+    files = "{" + f"{REGISTRY},{name}.json" + "}"
+    return f"to fetch it:\n    curl -L --create-dirs --output 'data/#1' '{WELL_KNOWN[name]}/{files}'\n  or "
 
 
 def direct_file(path: str) -> DatasetEntry:

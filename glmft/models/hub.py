@@ -67,7 +67,10 @@ def _from_hf(path: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
+        if not any(folder.glob("*.safetensors")):  # an older upload
+            snapshot_download(path, revision=revision, allow_patterns=["pytorch_model*.bin*"])
+        return folder
     except Exception as e:  # the hub client has many; each means: not to be had
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(f"{missing_locally(path, 'hf', revision)}\n  the hub said: {reason}") from None

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import GlmForCausalLM
 from transformers.utils import logging as hf_logging
 
-from glmft.errors import ResourceError, UserError
+from glmft.errors import DamagedError, ResourceError, UserError
 from glmft.kernels import attention
 from glmft.models.conversion import glm_config, published_layout
 from glmft.models.hub import Source, fetch
@@ -90,8 +90,13 @@ def load_model(
 def _bin_shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weights.files:
-        tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-        shapes |= {name: tuple(t.shape) for name, t in tensors.items()}
+        try:
+            tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+            shapes |= {name: tuple(t.shape) for name, t in tensors.items()}
+        except Exception as e:  # torch has many for a file that is not its own, and for one that asks for code
+            raise DamagedError(
+                f"{file}: not a plain file of tensors ({str(e).splitlines()[0]}); fetch it again"
+            ) from None
     return shapes
 
 

@@ -22,6 +22,8 @@ PRESETS = {
     "attention": ["q_proj", "k_proj", "v_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
 }
+MOVE_THE_BASE = ("pissa", "olora")
+"""Initialisations that take their start out of the base weights: with the adapter off, what is left is no base."""
 InitWeights = Literal["default", "gaussian", "pissa", "olora", "orthogonal"]
 
 
@@ -70,6 +72,8 @@ class LoRA(Strategy):
             if t not in shapes
         ]
         smallest = min((min(shapes[t]) for t in self.targets if t in shapes), default=0)
+        if self.config.init_lora_weights == "orthogonal" and self.config.r % 2:
+            problems.append(f"strategy.r={self.config.r}: strategy.init_weights=orthogonal needs an even rank")
         if not self.targets:
             problems.append("strategy.targets is empty: nothing would learn")
         elif smallest and self.config.r > smallest:
@@ -84,6 +88,9 @@ class LoRA(Strategy):
     @contextmanager
     def base_model(self, model: nn.Module) -> Iterator[nn.Module | None]:
         assert isinstance(model, PeftModel)
+        if self.config.init_lora_weights in MOVE_THE_BASE:
+            yield None
+            return
         with model.disable_adapter():
             yield model
 

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig
 
 from glmft.models.published import PublishedConfig, linear_shapes
 from glmft.schema import Positive, Rate, Share
-from glmft.strategies.lora import InitWeights, LoRA
+from glmft.strategies.lora import MOVE_THE_BASE, InitWeights, LoRA
 
 BLOCK = 64  # weights that share one scale
 
@@ -43,6 +43,11 @@ class QLoRA(LoRA):
         problems = super().check(config)
         if importlib.util.find_spec("bitsandbytes") is None:
             problems.append("strategy=qlora needs bitsandbytes: pip install bitsandbytes, or choose strategy=lora")
+        if self.config.init_lora_weights in (*MOVE_THE_BASE, "orthogonal"):
+            problems.append(
+                f"strategy.init_weights={self.config.init_lora_weights} needs weights that are not quantised; "
+                "choose default or gaussian, or strategy=lora"
+            )
         if odd := [f"{name} {shape}" for name, shape in linear_shapes(config).items() if shape[0] % BLOCK]:
             problems.append(f"strategy=qlora: widths must be multiples of {BLOCK}, these are not: {', '.join(odd)}")
         return problems

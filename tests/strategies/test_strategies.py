@@ -187,6 +187,15 @@ def test_targets_are_checked_against_the_model(tiny):
     assert "nothing would learn" in LoRA(targets=[]).check(config)[0]
 
 
+def test_pissa_has_no_base_in_its_weights(tiny):
+    strategy = LoRA(init_weights="pissa")
+    model = strategy.apply(load_model(tiny, dtype="float32"))
+    with strategy.base_model(model) as base:
+        assert base is None
+    config, _ = read_config(tiny)
+    assert "even rank" in LoRA(r=3, init_weights="orthogonal").check(config)[0]
+
+
 def test_damaged_adapters_are_never_half_loaded(tiny, data, tmp_path):
     model = LoRA(r=4).apply(load_model(tiny, dtype="float32"))
     save_adapter(model, tmp_path, "card")
