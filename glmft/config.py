@@ -263,8 +263,14 @@ def instantiate_all(nodes: DictConfig | None) -> list[Any]:
 
 
 def overrides() -> list[str]:
-    """This job's overrides as the user wrote them, or nearly."""
-    return [o.removeprefix("++") for o in HydraConfig.get().overrides.task]
+    """This job's overrides as the user wrote them, without what `prepare_argv` added."""
+    return [_unquote(o.removeprefix("++")) for o in HydraConfig.get().overrides.task]
+
+
+def _unquote(override: str) -> str:
+    key, equals, value = override.partition("=")
+    quoted = len(value) > 1 and value[0] == value[-1] == "'"
+    return f"{key}{equals}{value[1:-1]}".replace("\\'", "'") if quoted else override
 
 
 def choice(group: str) -> str:

@@ -47,7 +47,7 @@ def default_name(task: str, overrides: list[str], job: int | None) -> str:
 def safe_name(text: str) -> str:
     """An override as part of a file name: `data.fill.name=小明` -> `name=小明`."""
     key, equals, value = text.lstrip("+").partition("=")
-    return re.sub(r"[^\w.=-]+", "_", f"{key.rpartition('.')[2]}{equals}{value.strip(chr(39))}")[:40].strip("_")
+    return re.sub(r"[^\w.=-]+", "_", f"{key.rpartition('.')[2]}{equals}{value}")[:40].strip("_")
 
 
 @dataclass(frozen=True)

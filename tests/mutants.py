@@ -46,7 +46,7 @@ def after(owner: Any, name: str, change: Callable[[Any], Any]) -> None:
     setattr(owner, name, lambda *args, **kwargs: change(original(*args, **kwargs)))
 
 
-@sabotage("positions not restarted", PACKED_IS_PADDED, f"{COLLATE}::test_pack")
+@sabotage("positions not restarted", f"{COLLATE}::test_pack")
 def _() -> None:
     from glmft.data import collate
 
