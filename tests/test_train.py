@@ -58,7 +58,7 @@ def test_the_embedded_default_changes_the_identity_and_keeps_the_rest(train, tin
         "adapter_config.json", "adapter_model.safetensors", "README.md",
     }  # fmt: skip
     command = (run / "command.txt").read_text()
-    assert command == "python -m glmft.train data.fill.name=小明 'data.fill.author=Ada Lovelace' run.name=demo\n"
+    assert command == "python -m glmft.train 'data.fill.name=小明' 'data.fill.author=Ada Lovelace' run.name=demo\n"
     log = (run / "run.log").read_text()
     assert "step " in log
     assert "done: demo" in log
