@@ -104,16 +104,15 @@ def test_every_cut_of_a_step_gives_the_same_gradient(perturbed, data, per_batch,
     close(gradients(perturbed, steps_of(data, per_batch, world, step % steps)), whole)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_lightning_takes_the_same_steps_however_a_step_is_cut(tiny, packing):
+def test_lightning_takes_the_same_steps_however_a_step_is_cut(tiny):
     """Real fits with plain SGD, a ragged last window included: weights equal after two epochs."""
-    sgd = lambda named: torch.optim.SGD([p for _, p in named], lr=1e-2)  # noqa: E731
+    sgd = lambda named: torch.optim.SGD([p for _, p in named], lr=1e-3)  # noqa: E731
     weights, losses = [], []
-    for per_step, per_batch in ((1024, 1024), (1024, 128), (1024, 256)) if packing else ((1024, 1024), (1024, 512)):
-        options = {"max_length": 128, "max_samples": 90, "datasets": ["tiny_identity"], "packing": packing}
-        data = InstructionData(str(tiny), tokens_per_step=per_step, tokens_per_batch=per_batch, **options)
+    for per_batch in (1024, 128, 256):
+        options = {"max_length": 128, "max_samples": 90, "datasets": ["tiny_identity"]}
+        data = InstructionData(str(tiny), tokens_per_step=1024, tokens_per_batch=per_batch, **options)
         module = tuner(tiny, optimizer=sgd)
-        fit = trainer(max_epochs=2, accumulate_grad_batches=data.schedule().accumulate, gradient_clip_val=1.0)
+        fit = trainer(max_epochs=2, accumulate_grad_batches=data.schedule().accumulate)
         record = Losses()
         fit.callbacks.append(record)
         fit.fit(module, data)
