@@ -286,10 +286,10 @@ def sweep() -> tuple[str, int] | None:
     return Path(config.sweep.dir).name, int(config.job.num)
 
 
-def command() -> str:
-    """What makes this job alone, ready to paste; `run.name` is left to the caller."""
-    words = ["python", "-m", "glmft.train", *(o for o in overrides() if not o.startswith("run.name="))]
-    return shlex.join(words)
+def command(**values: Any) -> str:
+    """This job alone, ready to paste, with some values set anew: `{"run.name": "a"}`."""
+    kept = [o for o in overrides() if o.partition("=")[0] not in values]
+    return shlex.join(["python", "-m", "glmft.train", *kept, *(f"{k}={v}" for k, v in values.items())])
 
 
 def yaml_files(cfg: DictConfig) -> dict[str, str]:

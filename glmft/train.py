@@ -6,7 +6,6 @@ The only place that sees `cfg`. Checks that need no torch come first: a refusal 
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import traceback
 from contextlib import nullcontext
@@ -141,7 +140,6 @@ def check_inputs(cfg: DictConfig) -> None:
 def train(cfg: DictConfig, run: Run) -> float | None:
     """Instantiates the pieces, fits, and writes what remains."""
     import lightning as L
-    import torch
 
     from glmft.callbacks.checkpoint import check_readable
     from glmft.callbacks.record import RunRecord
@@ -156,7 +154,7 @@ def train(cfg: DictConfig, run: Run) -> float | None:
     if record is None:
         raise UserError("callbacks.record=null: the run record cannot be left out")
     if trainer.is_global_zero:
-        command = f"{config.command()} run.name={shlex.quote(run.path.name)}"
+        command = config.command(**{"run.name": run.path.name})
         run.start(config.yaml_files(cfg), command, str(trainer.strategy.root_device))
     failed: BaseException | None = None
     try:
@@ -170,18 +168,9 @@ def train(cfg: DictConfig, run: Run) -> float | None:
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     callback.on_train_end(trainer, tuner)
             return finish(cfg, run, trainer, tuner, record)
-    except torch.OutOfMemoryError as e:
-        failed = ResourceError(f"out of memory: {str(e).splitlines()[0]}\n{LESS_MEMORY}")
-        raise failed from None
-    except SystemExit as e:
-        if trainer.received_sigterm or not trainer.interrupted:
-            failed = SystemExit(143 if trainer.received_sigterm else e.code)
-        else:
-            failed = KeyboardInterrupt()
-        raise failed from None
     except BaseException as e:
-        failed = e
-        raise
+        failed = as_failure(e, trainer)
+        raise failed from None
     finally:
         if failed and trainer.is_global_zero:
             state: runs.State = "stopped" if isinstance(failed, (SystemExit, KeyboardInterrupt)) else "failed"
@@ -191,6 +180,20 @@ def train(cfg: DictConfig, run: Run) -> float | None:
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
                 logger.finish(failed=failed is not None)
+
+
+def as_failure(e: BaseException, trainer: L.Trainer) -> BaseException:
+    """What a failure means to the user: out of memory with what helps, and signals, which Lightning turns into a
+    SystemExit, with their exit codes."""
+    import torch
+
+    if isinstance(e, torch.OutOfMemoryError):
+        return ResourceError(f"out of memory: {str(e).splitlines()[0]}\n{LESS_MEMORY}")
+    if isinstance(e, SystemExit) and trainer.received_sigterm:
+        return SystemExit(143)
+    if isinstance(e, SystemExit) and trainer.interrupted:
+        return KeyboardInterrupt()
+    return e
 
 
 def build(cfg: DictConfig) -> tuple[L.Trainer, Any, Any]:
@@ -237,9 +240,8 @@ def finish(cfg: DictConfig, run: Run, trainer: L.Trainer, tuner: Any, record: An
 def longer_command(cfg: DictConfig, run: Run) -> str:
     """The command that goes on with this run for as long again."""
     key = "max_steps" if cfg.trainer.max_steps != -1 else "max_epochs"
-    words = [w for w in config.overrides() if not w.startswith(("run.name=", f"trainer.{key}=", "resume"))]
-    words += [f"trainer.{key}={2 * cfg.trainer[key]}", f"run.name={run.path.name}", "resume.force=true"]
-    return shlex.join(["python", "-m", "glmft.train", *words])
+    values = {f"trainer.{key}": 2 * cfg.trainer[key], "run.name": run.path.name, "resume.force": "true"}
+    return config.command(**values)
 
 
 def metric_of(summary: dict[str, Any], metric: str) -> float | None:

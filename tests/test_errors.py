@@ -289,6 +289,9 @@ def test_a_run_stopped_after_its_last_step_is_finished_by_the_same_command(train
     assert train("run.name=a", *FAST).code == 0
     assert Path("runs/a/adapter/adapter_model.safetensors").is_file()
     assert json.loads(Path("runs/a/status.json").read_text())["state"] == "done"
+    summary = json.loads(Path("runs/a/summary.json").read_text())
+    assert summary["val/loss best"] > 0
+    assert summary["tokens_per_sec"] > 0
 
 
 @pytest.mark.slow

@@ -164,6 +164,12 @@ def test_loggers_and_8_bit_adamw(train):
     assert list((run / "wandb").glob("offline-run-*"))
 
 
+def test_loader_processes_change_nothing(train):
+    for workers in (0, 2):
+        assert train("run.name=w" + str(workers), *FAST, f"data.num_workers={workers}").code == 0
+    assert rows(Path("runs/w0"), "train/loss") == rows(Path("runs/w2"), "train/loss")
+
+
 @pytest.mark.parametrize("scheduler", ["linear", "constant"])
 def test_schedules(train, scheduler):
     result = train(*FAST, "trainer.max_steps=6", f"scheduler={scheduler}", "scheduler.warmup_steps=2", "run.name=s")

@@ -17,7 +17,7 @@ tags: [chatglm3, glmft, {strategy}]
 
 # {name}
 
-Fine-tuned from `{base}` with [glmft](https://pypi.org/project/glmft/) {version}, strategy `{strategy}`,
+Fine-tuned from `{base}` with glmft {version}, strategy `{strategy}`,
 {steps} optimizer steps.
 
 | | |

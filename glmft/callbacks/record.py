@@ -101,15 +101,17 @@ class RunRecord(L.Callback):
         rows = self.run.metrics()
         plot_losses(rows, self.run.path / "loss.png")
         losses = [r["train/loss"] for r in rows if "train/loss" in r]
+        rates = [r["tokens_per_sec"] for r in rows if "tokens_per_sec" in r]  # of an earlier start, if no step was left
+        rate = self._tokens / self._seconds if self._seconds else next(reversed(rates), 0.0)
         result = {
             "name": self.run.path.name,
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
-            "seconds": round(time.time() - self.began, 2),
+            "seconds": round(max(time.time() - self.began, *(r["time"] for r in rows), 0.0), 2),
             "train/loss first": losses[0] if losses else None,
             "train/loss last": losses[-1] if losses else None,
-            "val/loss best": self.best,
-            "tokens_per_sec": round(self._tokens / max(self._seconds, 1e-9), 1),
+            "val/loss best": min((r["val/loss"] for r in rows if "val/loss" in r), default=None),
+            "tokens_per_sec": round(rate, 1),
             "memory_gib": round(memory_gib(), 3),
             **summary,
         }
