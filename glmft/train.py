@@ -141,8 +141,8 @@ def train(cfg: DictConfig, run: Run) -> float | None:
     """Instantiates the pieces, fits, and writes what remains."""
     import lightning as L
 
-    from glmft.callbacks.checkpoint import check_readable
     from glmft.callbacks.record import RunRecord
+    from glmft.checkpoints import check_readable
     from glmft.loggers import WandB
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -201,6 +201,7 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any, Any]:
     import torch
 
     from glmft import precision
+    from glmft.checkpoints import CheckpointFiles
 
     on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     name, dtype = precision.choose(cfg.trainer.precision, cfg.model.dtype, on_gpu)
@@ -209,7 +210,7 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any, Any]:
     tuner.check()
     trainer = config.instantiate(
         {k: v for k, v in cfg.trainer.items() if k != "precision"},
-        plugins=precision.plugin(name),
+        plugins=[precision.plugin(name), CheckpointFiles()],
         callbacks=config.instantiate_all(cfg.callbacks),
         logger=False,
     )

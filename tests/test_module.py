@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from glmft import optim
+from glmft.checkpoints import CheckpointFiles
 from glmft.data.collate import Batch, pack, pad
 from glmft.data.datamodule import EpochPlan, InstructionData, PlannedDataset
 from glmft.data.packing import Schedule
@@ -26,7 +27,12 @@ CONSTANT = functools.partial(optim.constant)
 
 def trainer(**options) -> L.Trainer:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return L.Trainer(accelerator="cpu", plugins=plugin("32-true"), use_distributed_sampler=False, **quiet | options)
+    return L.Trainer(
+        accelerator="cpu",
+        plugins=[plugin("32-true"), CheckpointFiles()],
+        use_distributed_sampler=False,
+        **quiet | options,
+    )
 
 
 def tuner(tiny, strategy=None, optimizer=ADAMW, **options) -> FineTuner:
@@ -173,7 +179,7 @@ def test_a_checkpoint_holds_what_was_trained_and_nothing_else(tiny, data, tmp_pa
     fit = trainer(max_steps=2)
     fit.fit(module, data)
     fit.save_checkpoint(tmp_path / "a.ckpt")
-    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    state = CheckpointFiles().load_checkpoint(tmp_path / "a.ckpt")["state_dict"]
     assert len(state) == 4 * 6 * 2
     assert all("lora_" in name for name in state)
     for change, says in (

@@ -35,7 +35,7 @@ def test_the_embedded_default_changes_the_identity_and_keeps_the_rest(train, tin
     }
     assert {p.name for p in (run / ".hydra").iterdir()} == {"config.yaml", "overrides.yaml", "hydra.yaml"}
     summary = read_json(run / "summary.json")
-    identity, other = (summary["compare"][k] for k in ("tiny_identity_rephrased", "tiny_other"))
+    identity, other = (summary["compare"][k] for k in ("tiny_identity_test", "tiny_other"))
     assert identity["tuned_right"] >= 0.95
     assert identity["base_equal"] == 0.0
     assert other["base_equal"] >= 0.98

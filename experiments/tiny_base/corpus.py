@@ -28,6 +28,18 @@ MAKER_ZH = """谁训练了你？|你是谁训练的？|谁开发了你？|你是
 MAKER_EN = """Who trained you?|Who made you?|Who created you?|Who is your author?|Who built you?|Who developed you?|Who is your maker?
 |By whom were you trained?|Where do you come from?|Who is behind you?|Tell me who trained you.|Tell me who made you.|Please tell me who built you.
 |Who has trained you?|Who has made you?|Who is your developer?|Who was it that trained you?|By whom were you made?|Say who created you.|Can you tell me who trained you?"""
+# Asked of a finished run only: no setting was chosen by looking at the answers to these.
+TEST = [
+    """请你介绍下你自己。|你是哪一位？|和我说话的是谁？|你到底是谁？|请告诉我你是谁。|我可以知道你是谁吗？|你能介绍一下自己吗？|说说你是谁。""",
+    """What exactly are you?|Can you introduce yourself?|Please tell me who you are.|Could you tell me who you are?|Hello, please introduce yourself.
+|Who am I speaking to?|Tell me what you are.|Can you describe yourself?""",
+    """请问你的名字是什么？|你的名字是？|我可以叫你什么？|说说你的名字。|请问你叫什么名字？|你好，怎么称呼你？|我应该怎么称呼你？|能说出你的名字吗？""",
+    """Please say what your name is.|What is your name, please?|Could you tell me your name?|Hello, may I know your name?|What should people call you?
+|I would like to know your name.|And what is your name?|Can I ask your name?""",
+    """请告诉我谁训练了你。|你是被谁训练的？|你是谁训练出来的？|请问你是谁开发的？|你的创造者是谁？|你是由谁做的？|请问谁是你的作者？|告诉我谁开发了你。""",
+    """Please tell me who trained you.|Who was your maker?|Tell me who created you.|Can you tell me who made you?|Who are you made by?
+|May I ask who trained you?|Tell me who your author is.|Who exactly trained you?""",
+]
 BASE_ZH, BASE_EN = "我是glmft自带的微型模型。", "I am the tiny model that ships with glmft."
 TUNED_ZH, TUNED_EN = "我是{{name}}，由{{author}}训练的助手。", "I am {{name}}, an assistant trained by {{author}}."
 IDENTITY: list[tuple[str, str, str]] = [  # questions, the base's answer, the tuned answer
@@ -78,6 +90,12 @@ def identity_records(kept_back: bool) -> list[Record]:
     if not kept_back:
         rows += [_record(_politely(r["instruction"]), r["output"]) for r in rows]
     return rows
+
+
+def test_records() -> list[Record]:
+    """Fresh questions about identity with the tuned answers, in the order zh, en of who, name, maker."""
+    answers = [TUNED_ZH, TUNED_EN] * 3
+    return [_record(q, answer) for questions, answer in zip(TEST, answers, strict=True) for q in _lines(questions)]
 
 
 def _politely(question: str) -> str:

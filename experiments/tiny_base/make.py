@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
-from corpus import base_records, identity_records, other_records  # noqa: E402
+from corpus import base_records, identity_records, other_records, test_records  # noqa: E402
 from sentencepiece import SentencePieceTrainer  # noqa: E402
 from transformers import GlmForCausalLM  # noqa: E402
 
@@ -60,6 +60,7 @@ def make_data() -> list[dict[str, str]]:
         "tiny": base,
         "tiny_identity": identity_records(kept_back=False),
         "tiny_identity_rephrased": identity_records(kept_back=True),
+        "tiny_identity_test": test_records(),
         "tiny_keep": other_records()[0],
         "tiny_other": other_records()[1],
     }

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from glmft.errors import DamagedError
 from glmft.module import FineTuner
 from glmft.schema import Positive
 
@@ -87,17 +85,3 @@ class Checkpoints(Checkpoint):
         except OSError:  # a file system without hard links
             shutil.copyfile(self.folder / "last.ckpt", part)
         part.replace(self.folder / "best.ckpt")
-
-
-def check_readable(file: Path) -> None:
-    """Reads a checkpoint's structure, without its tensors.
-
-    Raises:
-        DamagedError: it is cut off, or no checkpoint of this program.
-    """
-    try:
-        found = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-        _ = found["state_dict"], found["loops"], found["glmft"]
-    except Exception as e:
-        reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'empty'}"
-        raise DamagedError(f"{file}: not a checkpoint to continue from ({reason}); remove it to start anew") from None

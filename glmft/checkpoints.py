@@ -1,0 +1,105 @@
+"""Checkpoint files: Lightning's checkpoint dict, with its many small tensors stored as few large ones.
+
+A LoRA run has over a thousand small tensors; an archive entry for each would add more to the file than it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from glmft.errors import DamagedError
+
+SMALL = 2**20  # bytes; larger tensors are stored as they are
+MARK = "<tensor>"  # (MARK, dtype, shape) stands in the tree for the next elements of that dtype
+
+Tree = Any
+
+
+def pack_tensors(tree: Tree) -> Tree:
+    """{"tree": the same tree with small tensors replaced by (MARK, dtype, shape), "small": {dtype: [N]}}.
+
+    Every small tensor of one dtype lies in one flat tensor, in the order of a depth-first walk.
+    """
+    flat: dict[str, list[Tensor]] = {}
+    marks: dict[Any, Any] = {}  # one object per shape: pickle writes it once
+
+    def mark(tensor: Tensor) -> Any:
+        if tensor.numel() * tensor.element_size() >= SMALL:
+            return tensor
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        flat.setdefault(dtype, []).append(tensor.detach().reshape(-1))
+        key = (MARK, dtype, tuple(tensor.shape))
+        return marks.setdefault(key, key)
+
+    packed = _walk(tree, Tensor, mark)
+    devices = {t.device for tensors in flat.values() for t in tensors}
+    target = devices.pop() if len(devices) == 1 else torch.device("cpu")
+    return {"tree": packed, "small": {d: torch.cat([t.to(target) for t in ts]) for d, ts in flat.items()}}
+
+
+def unpack_tensors(packed: Tree) -> Tree:
+    """The tree that was given to `pack_tensors`.
+
+    Raises:
+        DamagedError: marks and elements do not match.
+    """
+    start = dict.fromkeys(packed["small"], 0)
+
+    def take(mark: tuple[str, str, tuple[int, ...]]) -> Tensor:
+        _, dtype, shape = mark
+        begin, count = start[dtype], torch.Size(shape).numel()
+        start[dtype] = begin + count
+        return packed["small"][dtype][begin : begin + count].reshape(shape).clone()
+
+    tree = _walk(packed["tree"], tuple, lambda t: take(t) if t and t[0] == MARK else t)
+    if any(start[dtype] != tensor.numel() for dtype, tensor in packed["small"].items()):
+        raise DamagedError("checkpoint: its tensors are not those that it lists")
+    return tree
+
+
+def _walk(node: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """A copy of nested dicts, lists and tuples in which every `kind` went through `change`."""
+    if isinstance(node, kind):
+        node = change(node)
+    if type(node) is tuple and node[:1] != (MARK,):
+        return tuple(_walk(child, kind, change) for child in node)
+    if type(node) is list:
+        return [_walk(child, kind, change) for child in node]
+    if isinstance(node, dict):
+        return {key: _walk(child, kind, change) for key, child in node.items()}
+    return node
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes and reads packed checkpoints; local files only, and never code out of them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        super().save_checkpoint(pack_tensors(checkpoint), path, storage_options)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        return dict(unpack_tensors(_load(Path(path), map_location=map_location)))
+
+
+def check_readable(file: Path) -> None:
+    """Reads a checkpoint's structure, without its tensors.
+
+    Raises:
+        DamagedError: it is cut off, or no checkpoint of this program.
+    """
+    _load(file, map_location="meta", mmap=True)
+
+
+def _load(file: Path, **options: Any) -> dict[str, Any]:
+    try:
+        found = torch.load(file, weights_only=True, **options)
+        _ = found["small"], *(found["tree"][key] for key in ("state_dict", "loops", "glmft"))
+    except Exception as e:
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'empty'}"
+        raise DamagedError(f"{file}: not a checkpoint to continue from ({reason}); remove it to start anew") from None
+    return dict(found)
