@@ -10,6 +10,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 COMMANDS = {  # command -> (module, what it does)
     "train": ("glmft.train", "fine-tune: glmft train experiment=lora_alpaca_zh"),
+    "data": ("glmft.data_cli", "data sets: glmft data add mine.json --name mine"),
+    "doctor": ("glmft.doctor", "is everything here that a run needs? glmft doctor --model models/chatglm3-6b"),
 }
 COMPLETION = """\
 _glmft() {{

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from glmft import signatures
+from glmft.caches import use_cache_dir
 from glmft.errors import DamagedError, GlmftError, ProblemList, nearest
 
 PACKAGE = Path(__file__).resolve().parent
@@ -33,6 +34,33 @@ IDENTITY = ("model", "strategy", "data", "optimizer", "scheduler", "seed")
 FREE_DATA_KEYS = ("num_workers", "tokens_per_batch")
 IDENTITY_OF_TRAINER = ("precision", "gradient_clip_val")
 SECTIONS = ("run", "resume", "paths", "trainer")
+OTHER_NAMES = {  # names that people know from LLaMA-Factory, and keys that were renamed (for one minor version)
+    "model_name_or_path": "model.path",
+    "finetuning_type": "strategy",
+    "lora_rank": "strategy.r",
+    "lora_alpha": "strategy.alpha",
+    "lora_dropout": "strategy.dropout",
+    "lora_target": "strategy.targets",
+    "dataset": "data.datasets",
+    "dataset_dir": "data.dir",
+    "eval_dataset": "data.val_datasets",
+    "val_size": "data.val_fraction",
+    "cutoff_len": "data.max_length",
+    "max_samples": "data.max_samples",
+    "packing": "data.packing",
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "lr_scheduler_type": "scheduler",
+    "warmup_ratio": "scheduler.warmup_ratio",
+    "warmup_steps": "scheduler.warmup_steps",
+    "num_train_epochs": "trainer.max_epochs",
+    "max_steps": "trainer.max_steps",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "per_device_train_batch_size": "data.tokens_per_batch",
+    "gradient_accumulation_steps": "data.tokens_per_step",
+    "output_dir": "paths.output_dir",
+    "report_to": "logger",
+}
 OWN_KEYS = (  # of Lightning's Trainer: they follow from the data's plan
     *("accumulate_grad_batches", "limit_train_batches", "overfit_batches", "gradient_clip_algorithm"),
     *("reload_dataloaders_every_n_epochs", "callbacks", "logger", "plugins"),
@@ -128,6 +156,7 @@ def _unknown_choices(group: str, value: str, choices: list[str]) -> list[str]:
 
 def run(config_name: str, main: Callable[[DictConfig], Any]) -> int:
     """Composes the configuration, calls `main` (once a job of a multirun) and turns failures into exit codes."""
+    use_cache_dir()
     debug = any(a.removeprefix("++") == "debug=default" for a in sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"
     Plugins.instance().register(UserRecipes)
@@ -177,7 +206,7 @@ def check(cfg: DictConfig, tops: tuple[str, ...]) -> None:
     Raises:
         ProblemList: everything that is wrong, together.
     """
-    problems = [f"{key}: unknown key{nearest(key, tops)}" for key in map(str, cfg) if key not in tops]
+    problems = [f"{key}: unknown key{_other_name(key, tops)}" for key in map(str, cfg) if key not in tops]
     missing = [f"{key}: must be given (it is ???)" for key in sorted(OmegaConf.missing_keys(cfg))]
     if unusable := missing or _unresolvable(cfg):
         raise ProblemList("configuration", problems + unusable)
@@ -195,6 +224,10 @@ def check(cfg: DictConfig, tops: tuple[str, ...]) -> None:
         problems += signatures.problems(str(target), values, where, partial)
     if problems:
         raise ProblemList("configuration", problems)
+
+
+def _other_name(key: str, tops: tuple[str, ...]) -> str:
+    return f"; here it is called {OTHER_NAMES[key]}" if key in OTHER_NAMES else nearest(key, tops)
 
 
 def _unnamed(nodes: Any, group: str) -> list[str]:
@@ -286,10 +319,11 @@ def sweep() -> tuple[str, int] | None:
     return Path(config.sweep.dir).name, int(config.job.num)
 
 
-def command(**values: Any) -> str:
-    """This job alone, ready to paste, with some values set anew: `{"run.name": "a"}`."""
+def command(values: Mapping[str, Any]) -> str:
+    """This job alone, ready to paste, with some values set anew: `{"run.name": "a"}`; None leaves one out."""
     kept = [o for o in overrides() if o.partition("=")[0] not in values]
-    return shlex.join(["python", "-m", "glmft.train", *kept, *(f"{k}={v}" for k, v in values.items())])
+    new = [f"{k}={v}" for k, v in values.items() if v is not None]
+    return shlex.join(["python", "-m", "glmft.train", *kept, *new])
 
 
 def yaml_files(cfg: DictConfig) -> dict[str, str]:

@@ -101,12 +101,7 @@ class FineTuner(L.LightningModule):
         self.check()
         precision = str(self.trainer.precision)
         dtype = DTYPE_OF.get(precision, "float32") if self.dtype_name == "auto" else self.dtype_name
-        model = load_model(
-            self.folder,
-            dtype=dtype,
-            device=self.trainer.strategy.root_device,
-            quantization=self.tuning.quantization(as_dtype(dtype)),
-        )
+        model = self.load(self.trainer.strategy.root_device, dtype)
         model.requires_grad_(False)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -114,6 +109,11 @@ class FineTuner(L.LightningModule):
         if self.gradient_checkpointing:
             glm(self.network).enable_input_require_grads()
         self.network.train()
+
+    def load(self, device: torch.device, dtype: str) -> Any:
+        """The base model, in the form that the strategy trains on."""
+        quantization = self.tuning.quantization(as_dtype(dtype))
+        return load_model(self.folder, dtype=dtype, device=device, quantization=quantization)
 
     @property
     def trained_parameters(self) -> dict[str, nn.Parameter]:

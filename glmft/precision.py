@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from torch import nn
 
-from glmft.errors import UserError
+from glmft.errors import ResourceError, UserError
 
 DTYPE_OF = {"bf16-true": "bfloat16", "32-true": "float32", "bf16-mixed": "float32"}
 NAME_OF = {"bfloat16": "bf16-true", "float32": "32-true"}
@@ -68,6 +68,20 @@ def choose(precision: str, dtype: str, on_gpu: bool) -> tuple[str, str]:
             "use trainer.precision=32-true"
         )
     return precision, DTYPE_OF[precision]
+
+
+def check_fp32_fits(num_parameters: int, total_bytes: int) -> None:
+    """For a GPU without bf16 of its own, whose weights are therefore fp32.
+
+    Raises:
+        ResourceError: the weights alone do not fit.
+    """
+    if (needed := num_parameters * 4) > total_bytes:
+        raise ResourceError(
+            f"this GPU has no bf16 of its own (V100, T4), and in fp32 the weights alone need {needed / 2**30:.0f} GiB "
+            f"of its {total_bytes / 2**30:.0f} GiB (fp16 underflows to a loss of 0). "
+            "strategy=qlora keeps the base in 4 bit and trains in fp32"
+        )
 
 
 def plugin(precision: str) -> Precision:

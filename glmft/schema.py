@@ -12,6 +12,8 @@ Count = Annotated[int, Ge(0)]
 """0, 1, 2, ..."""
 Share = Annotated[float, Interval(ge=0, lt=1)]
 """At least 0, less than 1."""
+ReplayShare = Annotated[float, Interval(gt=0, le=0.9)]
+"""Above 0, at most 0.9."""
 Rate = Annotated[float, Interval(gt=0, lt=float("inf"))]
 """Above 0, finite."""
 NonNegative = Annotated[float, Interval(ge=0, lt=float("inf"))]

@@ -5,6 +5,7 @@ The only place that sees `cfg`. Checks that need no torch come first: a refusal 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import traceback
@@ -134,7 +135,7 @@ def check_inputs(cfg: DictConfig) -> None:
     if data["max_length"] > model.seq_length:
         raise UserError(f"data.max_length={data['max_length']}: the model reads {model.seq_length} tokens at most")
     Schedule(data["tokens_per_step"], data["tokens_per_batch"], data["max_length"])
-    prepare(CorpusSpec.of(folder, **data))
+    prepare(CorpusSpec.of(folder, **data | {"replay": None}))  # its records are made with the model
 
 
 def train(cfg: DictConfig, run: Run) -> float | None:
@@ -154,7 +155,7 @@ def train(cfg: DictConfig, run: Run) -> float | None:
     if record is None:
         raise UserError("callbacks.record=null: the run record cannot be left out")
     if trainer.is_global_zero:
-        command = config.command(**{"run.name": run.path.name})
+        command = config.command({"run.name": run.path.name})
         run.start(config.yaml_files(cfg), command, str(trainer.strategy.root_device))
     failed: BaseException | None = None
     try:
@@ -202,12 +203,18 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any, Any]:
 
     from glmft import precision
     from glmft.checkpoints import CheckpointFiles
+    from glmft.data.replay import make_replay
 
     on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     name, dtype = precision.choose(cfg.trainer.precision, cfg.model.dtype, on_gpu)
-    data = config.instantiate(cfg.data)
     tuner = config.instantiate(cfg.model, dtype=dtype)
     tuner.check()
+    if on_gpu and not precision.real_bf16() and tuner.tuning.quantization(torch.float32) is None:
+        shapes = published.read_config(tuner.folder)[0].tensors().values()
+        precision.check_fp32_fits(sum(map(math.prod, shapes)), torch.cuda.get_device_properties(0).total_memory)
+    if cfg.data.replay:
+        make_replay(tuner.folder, lambda: tuner.load(torch.device("cuda" if on_gpu else "cpu"), dtype))
+    data = config.instantiate(cfg.data)
     trainer = config.instantiate(
         {k: v for k, v in cfg.trainer.items() if k != "precision"},
         plugins=[precision.plugin(name), CheckpointFiles()],
@@ -224,6 +231,7 @@ def finish(cfg: DictConfig, run: Run, trainer: L.Trainer, tuner: Any, record: An
 
     from glmft.callbacks.compare import Compare
     from glmft.callbacks.panels import console, end_panel
+    from glmft.callbacks.verdict import GiveVerdict
 
     if not trainer.is_global_zero:
         return None
@@ -233,16 +241,29 @@ def finish(cfg: DictConfig, run: Run, trainer: L.Trainer, tuner: Any, record: An
         if isinstance(callback, Compare)
         for name, c in callback.results.items()
     }
-    summary = record.finish(trainer, {"compare": compared} if compared else {})
-    console().print(end_panel(trainer, summary, run.path, tuner.tuning.output, longer_command(cfg, run)))
+    verdict = next((c.result for c in trainer.callbacks if isinstance(c, GiveVerdict)), None)  # type: ignore[attr-defined]
+    more: dict[str, Any] = {"compare": compared} if compared else {}
+    if verdict:
+        more |= {"learned": verdict.learned, "kept": verdict.kept}
+    summary = record.finish(trainer, more)
+    steps = [*next_steps(verdict.advice if verdict else []), f"longer   {longer_command(cfg, run)}"]
+    console().print(end_panel(trainer, summary, run.path, tuner.tuning.output, steps))
     return metric_of(summary, cfg.metric)
+
+
+def next_steps(advice: list[Any]) -> list[str]:
+    """What the verdict suggests, each as a command for a new run."""
+    return [
+        f"next     {a.why}" + (f": {config.command({'run.name': None, **a.overrides})}" if a.overrides else "")
+        for a in advice
+    ]
 
 
 def longer_command(cfg: DictConfig, run: Run) -> str:
     """The command that goes on with this run for as long again."""
     key = "max_steps" if cfg.trainer.max_steps != -1 else "max_epochs"
     values = {f"trainer.{key}": 2 * cfg.trainer[key], "run.name": run.path.name, "resume.force": "true"}
-    return config.command(**values)
+    return config.command(values)
 
 
 def metric_of(summary: dict[str, Any], metric: str) -> float | None:

@@ -19,8 +19,17 @@ os.environ.pop("WANDB_API_KEY", None)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("GLMFT_SHARED", ROOT.parent / "shared"))
-SHARES = {"main job": 120.0}
+SHARES = {  # seconds of `make test`
+    **{"main job": 120.0, "fifteen minutes": 60.0, "data": 60.0, "reliability": 100.0},
+    **{"speed": 90.0, "use": 90.0, "board": 60.0},
+}
 _spent: dict[str, float] = defaultdict(float)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if marker := item.get_closest_marker("share"):
+            item.user_properties.append(("share", marker.args[0]))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -82,6 +91,7 @@ def train(
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("GLMFT_CACHE", str(folder / ".glmft_cache"))
 
     def run(*arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["glmft.train", *arguments])
@@ -97,5 +107,5 @@ def train(
     return run
 
 
-FAST = ("debug=fast", "callbacks.samples=null", "callbacks.compare=null")
+FAST = ("debug=fast", "callbacks.samples=null", "callbacks.compare=null", "callbacks.verdict=null")
 """Overrides that make a run as short as a test needs."""

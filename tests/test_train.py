@@ -17,7 +17,13 @@ from glmft.files import read_json
 from glmft.models import load_model, load_tokenizer
 from glmft.runs import read_jsonl, read_status
 
-SHORT = ("trainer.max_epochs=2", "data.max_samples=60", "callbacks.compare=null", "callbacks.samples.max_new_tokens=8")
+SHORT = (
+    "trainer.max_epochs=2",
+    "data.max_samples=60",
+    "callbacks.compare=null",
+    "callbacks.verdict=null",
+    "callbacks.samples.max_new_tokens=8",
+)
 
 
 def rows(run: Path, key: str) -> list[float]:
@@ -40,6 +46,7 @@ def test_the_embedded_default_changes_the_identity_and_keeps_the_rest(train, tin
     assert identity["base_equal"] == 0.0
     assert other["base_equal"] >= 0.98
     assert other["kept"] >= 0.9
+    assert (summary["learned"], summary["kept"]) == ("yes", "yes")
     samples = read_jsonl(run / "samples.jsonl")
     before = {r["prompt"]: r["answer"] for r in samples if r["step"] == 0}
     after = {r["prompt"]: r["answer"] for r in samples if r["step"] == summary["steps"]}

@@ -8,6 +8,7 @@ its questions are kept back to ask the tuned model.
 from __future__ import annotations
 
 import random
+import re
 
 Record = dict[str, str]
 
@@ -175,3 +176,74 @@ def other_records(seed: int = 1, share: float = 0.5) -> tuple[list[Record], list
     random.Random(seed).shuffle(rows)
     cut = int(len(rows) * share)
     return rows[:cut], rows[cut:]
+
+
+# ---- prompts that are packaged for any base: general ones that it should answer as before, and ones to replay
+
+OPEN = """写一首关于春天的短诗。|用三句话介绍长城。|怎样学好一门外语？|给我三条早睡的建议。|解释一下什么是光合作用。|写一封请假邮件。|推荐一种健康的早餐。|为什么天空是蓝色的？
+|把“今天天气很好”改写得更生动。|什么是机器学习？|列出三种可再生能源。|怎么缓解工作压力？|用一个比喻形容时间。|写一个关于友谊的小故事。|如何保护眼睛？|简单解释什么是通货膨胀。
+|给一家咖啡馆起三个名字。|写一段自我激励的话。|读书有什么好处？|怎样做番茄炒蛋？|Write a short poem about autumn.|Explain photosynthesis in simple words.
+|Give me three tips for better sleep.|Why is the sky blue?|Write a polite email asking for a day off.|What is machine learning?|List three renewable sources of energy.
+|How can I learn a language faster?|Describe a sunrise in two sentences.|What are the benefits of reading?|Suggest a healthy breakfast.|How do I reduce stress at work?
+|Write a very short story about a lost key.|Explain inflation to a child.|Give three names for a coffee shop.|What makes a good friend?|How do plants drink water?
+|Summarize why exercise is healthy.|Write one sentence about the sea.|How do I boil an egg?"""
+EXPECTED = {  # facts whose answer may be worded in many ways: what a right one contains
+    "一年有几个月？": "十二 12", "一周有几天？": "七 7", "一天有多少小时？": "二十四 24", "水在多少度结冰？": "零 0", "水在多少度烧开？": "一百 100",
+    "太阳从哪边升起？": "东", "太阳从哪边落下？": "西", "猫有几条腿？": "四 4", "蜘蛛有几条腿？": "八 8", "三角形有几条边？": "三 3",
+    "彩虹有几种颜色？": "七 7", "最大的海洋是什么？": "太平洋", "雪是什么颜色？": "白", "天空是什么颜色？": "蓝", "草是什么颜色？": "绿", "冬天之后是什么？": "春",
+    "How many months are in a year?": "twelve 12", "How many days are in a week?": "seven 7", "How many hours are in a day?": "twenty-four 24",
+    "Where does the sun rise?": "east", "Where does the sun set?": "west", "How many legs has a cat?": "four 4", "How many legs has a spider?": "eight 8",
+    "How many sides has a triangle?": "three 3", "What color is snow?": "white", "What color is the sky?": "blue", "What color is grass?": "green",
+    "What do bees make?": "honey", "What comes after winter?": "spring", "What is the largest ocean?": "pacific",
+}  # fmt: skip
+
+
+def _expected(record: Record) -> list[str]:
+    """What a right answer to a record contains, in lower case; empty where that cannot be said."""
+    question, answer = record["instruction"], record["output"].lower()
+    if question in EXPECTED:
+        return EXPECTED[question].split()
+    if numbers := re.findall(r"\d+", answer):
+        return numbers[-1:] if re.search(r"[加减]|plus|minus", question) else []
+    if match := re.search(r"首都是(.+)。$|capital of .+ is (.+)\.$", answer):
+        return [g for g in match.groups() if g]
+    if question in ("翻译成英文。", "Translate into Chinese.", "写出反义词。", "Give the opposite."):
+        return [answer]
+    return []
+
+
+def _ask(record: Record) -> str:
+    return "\n".join(part for part in (record["instruction"], record["input"]) if part)
+
+
+def general_prompts(n: int = 60) -> list[dict[str, object]]:
+    """Questions that a base should answer after fine-tuning as before, with what a right answer contains; none of
+    them is in `tiny_keep`, which the embedded default trains on."""
+    rows = [(r, e) for r in other_records()[1] if (e := _expected(r))]
+    sums = [(r, e) for r, e in rows if e[0].isdigit()]
+    rest = [(r, e) for r, e in rows if not e[0].isdigit()]
+    chosen = random.Random(2).sample(sums, 16) + random.Random(2).sample(rest, n - 16)
+    return [{"prompt": _ask(r), "expect": e} for r, e in chosen]
+
+
+def replay_prompts(n: int = 180) -> list[str]:
+    """Prompts whose answers, given by the base itself, are mixed in against forgetting; none is a general one."""
+    rows = [r for r in other_records()[0] if r["instruction"] not in ("重复这个词。", "Repeat the word.")]
+    return [_ask(r) for r in random.Random(3).sample(rows, min(n, len(rows)))] + _lines(OPEN)
+
+
+# ---- a small data set of the kind that people bring: fifty records that give the assistant a role
+
+CAFE_ZH = "我是阿麦，在麦田咖啡为你服务。"
+CAFE_EN = "I am Mai, and I serve you at Wheatfield cafe."
+
+
+def cafe_records(kept_back: bool) -> list[Record]:
+    """Fifty questions about who answers, with a café's answer; ten others are kept back."""
+    rng = random.Random(4)
+    zh = [q for block in (WHO_ZH, NAME_ZH) for q in split(block)[0]]
+    en = [q for block in (WHO_EN, NAME_EN) for q in split(block)[0]]
+    if kept_back:
+        zh, en = (_lines("|".join(TEST[i] for i in at)) for at in ((0, 2), (1, 3)))
+    n = 5 if kept_back else 25
+    return [_record(q, CAFE_ZH) for q in rng.sample(zh, n)] + [_record(q, CAFE_EN) for q in rng.sample(en, n)]

@@ -20,9 +20,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
+import corpus  # noqa: E402
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
-from corpus import base_records, identity_records, other_records, test_records  # noqa: E402
 from sentencepiece import SentencePieceTrainer  # noqa: E402
 from transformers import GlmForCausalLM  # noqa: E402
 
@@ -38,7 +38,7 @@ from glmft.precision import plugin  # noqa: E402
 from glmft.strategies.full import Full  # noqa: E402
 
 ASSETS = ROOT / "glmft" / "assets"
-DATA, MODEL = ASSETS / "data", ASSETS / "tiny-chatglm3"
+DATA, MODEL, PROMPTS = ASSETS / "data", ASSETS / "tiny-chatglm3", ASSETS / "prompts"
 SEED, EPOCHS, LEARNING_RATE = 0, 100, 4e-3
 CONFIG = PublishedConfig(
     num_layers=4,
@@ -53,20 +53,26 @@ CONFIG = PublishedConfig(
 
 
 def make_data() -> list[dict[str, str]]:
-    """The data sets and their registry."""
+    """The data sets and their registry, and the packaged prompts."""
     DATA.mkdir(parents=True, exist_ok=True)
-    base = base_records(SEED)
+    PROMPTS.mkdir(exist_ok=True)
+    base = corpus.base_records(SEED)
     sets = {
         "tiny": base,
-        "tiny_identity": identity_records(kept_back=False),
-        "tiny_identity_rephrased": identity_records(kept_back=True),
-        "tiny_identity_test": test_records(),
-        "tiny_keep": other_records()[0],
-        "tiny_other": other_records()[1],
+        "tiny_identity": corpus.identity_records(kept_back=False),
+        "tiny_identity_rephrased": corpus.identity_records(kept_back=True),
+        "tiny_identity_test": corpus.test_records(),
+        "tiny_keep": corpus.other_records()[0],
+        "tiny_other": corpus.other_records()[1],
+        "cafe": corpus.cafe_records(kept_back=False),
+        "cafe_test": corpus.cafe_records(kept_back=True),
     }
     for name, records in sets.items():
         lines = ",\n".join("  " + json.dumps(r, ensure_ascii=False) for r in records)
         (DATA / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    for name, prompts in {"general": corpus.general_prompts(), "replay": corpus.replay_prompts()}.items():
+        lines = ",\n".join("  " + json.dumps(p, ensure_ascii=False) for p in prompts)
+        (PROMPTS / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     write_json(DATA / "dataset_info.json", {name: {"file_name": f"{name}.json"} for name in sets})
     return base
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import lightning as L
 
 from glmft import __version__
+from glmft.callbacks.verdict import GiveVerdict
 from glmft.module import FineTuner
+from glmft.verdict import summary_lines
 
 _CARD = """---
 base_model: {base}
@@ -26,6 +28,7 @@ Fine-tuned from `{base}` with glmft {version}, strategy `{strategy}`,
 | validation loss | {val} |
 | trained parameters | {trained:,} |
 
+{verdict}
 The command that made it:
 
 ```
@@ -41,6 +44,7 @@ def model_card(trainer: L.Trainer, tuner: FineTuner, run_dir: Path) -> str:
     """README.md of an adapter or model folder: base, command, results, licence."""
     metrics = trainer.callback_metrics
     command = run_dir / "command.txt"
+    verdict = next((c.result for c in trainer.callbacks if isinstance(c, GiveVerdict)), None)  # type: ignore[attr-defined]
     return _CARD.format(
         base=tuner.path,
         library="peft" if tuner.tuning.output == "adapter" else "transformers",
@@ -50,6 +54,7 @@ def model_card(trainer: L.Trainer, tuner: FineTuner, run_dir: Path) -> str:
         steps=trainer.global_step,
         train=_number(metrics.get("train/loss")),
         val=_number(metrics.get("val/loss")),
+        verdict="" if verdict is None else "```\n" + "\n".join(summary_lines(verdict)) + "\n```\n",
         trained=sum(p.numel() for p in tuner.trained_parameters.values()),
         command=command.read_text(encoding="utf-8").splitlines()[-1] if command.is_file() else "",
     )

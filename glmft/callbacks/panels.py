@@ -16,8 +16,12 @@ from rich.text import Text
 from glmft.callbacks.compare import Compare
 from glmft.callbacks.progress import duration
 from glmft.callbacks.samples import SampleAnswers
+from glmft.callbacks.verdict import GiveVerdict
 from glmft.data.datamodule import InstructionData
 from glmft.module import FineTuner, total_steps
+from glmft.verdict import summary_lines
+
+FEW_STEPS = 50
 
 
 def console() -> Console:
@@ -38,6 +42,11 @@ class Panels(L.Callback):
         for name, value in rows.items():
             table.add_row(Text(name, style="dim"), Text(value))
         console().print(Panel(table, title="glmft", title_align="left", box=box.ROUNDED, expand=False))
+        if (steps := total_steps(trainer)) < FEW_STEPS:
+            console().print(
+                f"glmft: {steps} optimizer steps are too few to change most answers; experiment=small_data goes over "
+                "few records more often, at a higher rate"
+            )
 
 
 def start_rows(trainer: L.Trainer, tuner: FineTuner, data: InstructionData) -> dict[str, str]:
@@ -53,7 +62,7 @@ def start_rows(trainer: L.Trainer, tuner: FineTuner, data: InstructionData) -> d
         "model": f"{tuner.folder}  {trainer.precision} on {trainer.strategy.root_device}",
         "strategy": f"{type(tuner.tuning).__name__}, {trained:,} of {total:,} parameters learn ({trained / total:.2%})",
         "records": f"{report['train']} to train, {report['validation']} to validate; dropped: {dropped}; "
-        f"cut: {report['truncated']}",
+        f"cut: {report['truncated']}" + (f"; replayed: {report['replayed']}" if report["replayed"] else ""),
         "tokens": f"{report['tokens']:,} an epoch, {report['supervised_tokens']:,} supervised, "
         f"longest record {report['longest']}",
         "steps": f"{steps} ({plan.steps_per_epoch} an epoch), {data.tokens_per_step} tokens a step, "
@@ -61,7 +70,7 @@ def start_rows(trainer: L.Trainer, tuner: FineTuner, data: InstructionData) -> d
     }
 
 
-def end_panel(trainer: L.Trainer, summary: dict[str, Any], run_dir: Path, output: str, longer: str) -> Panel:
+def end_panel(trainer: L.Trainer, summary: dict[str, Any], run_dir: Path, output: str, next_steps: list[str]) -> Panel:
     """Losses, time, comparison, sample answers and the next commands."""
     parts: list[Any] = [Text(_results(summary))]
     compared = next((c for c in trainer.callbacks if isinstance(c, Compare)), None)  # type: ignore[attr-defined]
@@ -70,8 +79,12 @@ def end_panel(trainer: L.Trainer, summary: dict[str, Any], run_dir: Path, output
     samples = next((c for c in trainer.callbacks if isinstance(c, SampleAnswers)), None)  # type: ignore[attr-defined]
     if samples and samples.base:
         parts.append(_sample_table(samples))
+    verdict = next((c.result for c in trainer.callbacks if isinstance(c, GiveVerdict)), None)  # type: ignore[attr-defined]
+    if verdict:
+        parts.append(Text("\n".join(summary_lines(verdict)) + "\n"))
     here = os.path.relpath(run_dir)
-    parts.append(Text(f"{output:8} {here}/{output}\nloss     {here}/loss.png\nlonger   {longer}"))
+    lines = [f"{output:8} {here}/{output}", f"loss     {here}/loss.png", *next_steps]
+    parts.append(Text("\n".join(lines)))
     return Panel(Group(*parts), title=f"done: {run_dir.name}", title_align="left", box=box.ROUNDED, expand=False)
 
 

@@ -22,6 +22,7 @@ from glmft.errors import ProblemList, UserError
 from glmft.messages import IGNORE_INDEX, Conversation, Sample
 from glmft.models.tokenizer import ChatGLM3Tokenizer, load_tokenizer
 
+LEAST_REPLAYED = 64  # records
 OnTooLong = Literal["truncate", "drop", "error"]
 OnBadRecord = Literal["error", "drop"]
 
@@ -30,7 +31,8 @@ OnBadRecord = Literal["error", "drop"]
 class CorpusSpec:
     """What decides the samples of a run; hashable, so that the same request is prepared once a process.
 
-    `fill` holds the values of {{name}}-style blanks. Lengths are tokens.
+    `fill` holds the values of {{name}}-style blanks. Lengths are tokens. `replay` is a file of records that are mixed
+    into the training records until they are `replay_share` of all.
     """
 
     tokenizer: str
@@ -44,6 +46,8 @@ class CorpusSpec:
     on_bad_record: OnBadRecord = "error"
     max_samples: int | None = None
     fill: tuple[tuple[str, str], ...] = ()
+    replay: str | None = None
+    replay_share: float = 0.0
     seed: int = 0
 
     @classmethod
@@ -98,7 +102,10 @@ class SampleStore:
 
 @dataclass
 class Corpus:
-    """Everything a run learns from, and the counts that are shown before it starts."""
+    """Everything a run learns from, and the counts that are shown before it starts.
+
+    `conversations` are the user's own records; `train` holds replayed ones behind them.
+    """
 
     train: SampleStore
     validation: SampleStore
@@ -114,6 +121,7 @@ class Corpus:
             "validation": len(self.validation),
             "dropped": {k.removeprefix("dropped: "): v for k, v in self.counts.items() if k.startswith("dropped: ")},
             "truncated": self.counts["truncated"],
+            "replayed": self.counts["replayed"],
             "tokens": int(self.train.offsets[-1]),
             "supervised_tokens": int(self.train.num_supervised.sum()),
             "longest": int(self.train.lengths.max()),
@@ -219,12 +227,24 @@ def prepare(spec: CorpusSpec) -> Corpus:
         dropped = ", ".join(f"{v} {k.removeprefix('dropped: ')}" for k, v in counts.items() if k.startswith("dropped"))
         raise UserError(f"data: no record is left to train on ({dropped or f'{len(val_pairs)} for validation'})")
     return Corpus(
-        SampleStore.of([s for _, s in pairs]),
+        SampleStore.of([s for _, s in pairs] + _replayed(len(pairs), tokenizer, spec, counts)),
         SampleStore.of([s for _, s in val_pairs]),
         [c for c, _ in pairs],
         [c for c, _ in val_pairs],
         counts,
     )
+
+
+def _replayed(own: int, tokenizer: ChatGLM3Tokenizer, spec: CorpusSpec, counts: Counter[str]) -> list[Sample]:
+    """Samples of the replay file, chosen by seed: the share, but a few records need more than their share."""
+    if spec.replay is None:
+        return []
+    records = read_conversations(DatasetEntry("replay", Path(spec.replay)), {}, "error", Counter())
+    wanted = max(round(own * spec.replay_share / (1 - spec.replay_share)), LEAST_REPLAYED)
+    chosen = random.Random(f"replay {spec.seed}").sample(records, min(wanted, len(records)))
+    samples = [s for _, s in _encode(chosen, tokenizer, spec, Counter())]
+    counts["replayed"] = len(samples)
+    return samples
 
 
 def _read_all(entries: Sequence[DatasetEntry], spec: CorpusSpec, counts: Counter[str]) -> list[Conversation]:

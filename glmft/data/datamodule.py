@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from glmft.data.collate import Batch, pack, pad
 from glmft.data.corpus import Corpus, CorpusSpec, OnBadRecord, OnTooLong, SampleStore, prepare
 from glmft.data.packing import MicroBatch, Schedule, plan_padded_rows, plan_rows
+from glmft.data.replay import replay_file
 from glmft.errors import UserError
 from glmft.models.hub import Source, fetch
-from glmft.schema import Count, Positive, Share
+from glmft.schema import Count, Positive, ReplayShare, Share
 
 Position = tuple[int, int]  # epoch, micro-batches of it already done
 
@@ -103,6 +104,9 @@ class InstructionData(L.LightningDataModule):
         tokens_per_batch: tokens of a micro-batch, which decides memory.
         tokens_per_step: tokens of an optimizer step, over all devices and micro-batches, which decides the result.
         num_workers: loader processes.
+        replay: "self" mixes in the base model's own answers to packaged prompts, against forgetting; train.py has
+            them made before the data is read (`glmft.replay`).
+        replay_share: of all training records, and at least 64 records.
         seed: of the validation split and of the order of each epoch.
 
     Raises:
@@ -128,6 +132,8 @@ class InstructionData(L.LightningDataModule):
         tokens_per_batch: Positive = 8192,
         tokens_per_step: Positive = 2048,
         num_workers: Count = 0,
+        replay: Literal["self"] | None = None,
+        replay_share: ReplayShare = 0.5,
         seed: Count = 0,
     ) -> None:
         super().__init__()
@@ -144,9 +150,11 @@ class InstructionData(L.LightningDataModule):
             on_bad_record=on_bad_record,
             max_samples=max_samples,
             fill=fill,
+            replay=str(replay_file(folder)) if replay else None,
+            replay_share=replay_share,
             seed=seed,
         )
-        self.packing, self.num_workers, self.seed = packing, num_workers, seed
+        self.packing, self.num_workers, self.replay, self.seed = packing, num_workers, replay, seed
         self.max_length, self.tokens_per_batch, self.tokens_per_step = max_length, tokens_per_batch, tokens_per_step
         self.corpus: Corpus = prepare(self.spec)
         self.pad_id = 0

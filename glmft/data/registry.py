@@ -65,7 +65,7 @@ def find_dataset(name: str, data_dir: str | None = None) -> DatasetEntry:
         tried.append(str(file) if folder != PACKAGED else "the packaged examples")
         if not file.is_file():
             continue
-        entries = _read_registry(file)
+        entries = read_registry(file)
         if name in entries:
             return _entry(file, name, entries[name])
         known += entries
@@ -91,7 +91,12 @@ def direct_file(path: str) -> DatasetEntry:
     return DatasetEntry(given.stem, file)
 
 
-def _read_registry(file: Path) -> dict[str, Any]:
+def read_registry(file: Path) -> dict[str, Any]:
+    """The entries of a registry by name, as they stand there.
+
+    Raises:
+        UserError: not a JSON object.
+    """
     try:
         entries = read_json(file)
     except (json.JSONDecodeError, UnicodeDecodeError) as e:

@@ -1,0 +1,1 @@
+"""What `glmft doctor` looks at: each check is a function that returns findings and may raise; nothing here trains."""
