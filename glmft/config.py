@@ -129,9 +129,13 @@ def prepare_argv(argv: list[str]) -> list[str]:
 def _quote(key: str, value: str, multirun: bool) -> str:
     if _parses(f"{key}={value}"):
         return value
-    parts = value.split(",") if multirun else [value]
-    quoted = [p if _parses(f"{key}={p}") else "'" + p.replace("'", "\\'") + "'" for p in parts]
-    return ",".join(quoted)
+    if value.startswith("[") and value.endswith("]"):
+        return "[" + ",".join(_quote_one(key, p.strip()) for p in value[1:-1].split(",")) + "]"
+    return ",".join(_quote_one(key, p) for p in (value.split(",") if multirun else [value]))
+
+
+def _quote_one(key: str, value: str) -> str:
+    return value if _parses(f"{key}={value}") else "'" + value.replace("'", "\\'") + "'"
 
 
 def _parses(override: str) -> bool:

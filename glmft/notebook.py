@@ -17,8 +17,10 @@ from glmft.errors import GlmftError
 from glmft.messages import Message, Sample
 from glmft.models.generation import answer
 from glmft.models.tokenizer import ChatGLM3Tokenizer
+from glmft.quiet import quiet_libraries
 from glmft.runs import Run, read_status
 
+quiet_libraries()
 ENDED = ("done", "stopped", "failed")
 
 

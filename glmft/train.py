@@ -22,6 +22,7 @@ from glmft.errors import ProblemList, ResourceError, UserError
 from glmft.files import read_json
 from glmft.models import hub, published
 from glmft.models.tokenizer import load_tokenizer
+from glmft.quiet import quiet_libraries
 from glmft.runs import Run
 
 if TYPE_CHECKING:
@@ -272,17 +273,6 @@ def metric_of(summary: dict[str, Any], metric: str) -> float | None:
     if metric == "auto":
         metric = "train/loss" if losses["val/loss"] is None else "val/loss"
     return losses[metric]
-
-
-def quiet_libraries() -> None:
-    """Lightning's notices and other libraries' deprecation warnings are not about the user's run."""
-    import logging
-    import warnings
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for module in ("lightning", "torch", "bitsandbytes", "peft", "transformers"):
-        warnings.filterwarnings("ignore", module=rf"{module}\.")
 
 
 if __name__ == "__main__":

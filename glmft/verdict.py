@@ -237,7 +237,7 @@ def _grade(value: float, yes: float, weak: float) -> Grade:
 def _advise(
     learned: Grade, kept: Grade, training: Learned | None, validation: Learned | None, facts: Facts
 ) -> list[Advice]:
-    found = []
+    found: list[Advice] = []
     if facts.foreign:
         found.append(Advice("remove the other model's template from the records"))
     if facts.truncated > 0.1:
@@ -246,8 +246,11 @@ def _advise(
         by_heart = validation is not None and validation.low <= 0 and training.tuned_exact > 0.5
         if by_heart and facts.epochs and facts.epochs > 1:
             found.append(Advice("fewer rounds over the same records", {"trainer.max_epochs": facts.epochs // 2}))
-        elif facts.steps < 100 and facts.epochs:
-            found.append(Advice("more rounds over the records", {"trainer.max_epochs": 4 * facts.epochs}))
+        elif facts.steps < 100:
+            longer = (
+                {"trainer.max_epochs": 4 * facts.epochs} if facts.epochs else {"trainer.max_steps": 4 * facts.steps}
+            )
+            found.append(Advice("more rounds over the records", longer))
         else:
             found.append(Advice("a higher learning rate", {"optimizer.lr": _round(facts.lr * 5)}))
     if kept in ("no", "weak"):

@@ -193,6 +193,37 @@ def _() -> None:
     after(corpus, "limit_length", taught)
 
 
+@sabotage("replayed answers are not mixed in", "test_verdict.py::test_own_answers_mixed_in_keep_the_rest[0]")
+def _() -> None:
+    from glmft.data import corpus
+
+    corpus._replayed = lambda *a: []
+
+
+@sabotage(
+    "the verdict looks at the tuned model twice",
+    "test_verdict.py::test_five_records_at_a_high_rate_are_learned_and_the_rest_is_forgotten[0]",
+)
+def _() -> None:
+    from glmft.callbacks.verdict import GiveVerdict
+
+    original = GiveVerdict._measure
+    GiveVerdict._measure = lambda self, model, tuner: original(self, tuner.network, tuner)
+
+
+@sabotage("small tensors are read from the start", "test_checkpoints.py::test_what_goes_in_comes_out")
+def _() -> None:
+    from glmft import checkpoints
+
+    original = checkpoints.pack_tensors
+
+    def shifted(tree):
+        packed = original(tree)
+        return packed | {"small": {d: t.roll(1) for d, t in packed["small"].items()}}
+
+    checkpoints.pack_tensors = shifted
+
+
 @sabotage("q, k, v rows in another order", f"{LOADING}::test_logits_loss_and_gradients_equal_the_published_model")
 def _() -> None:
     from glmft.models.conversion import SplitQKV

@@ -14,7 +14,7 @@ def test_the_first_lora(tmp_path, monkeypatch):
     """The blog's path: data, mask, training with a live curve, base and tuned side by side, verdict."""
     monkeypatch.setenv("GLMFT_CACHE", str(tmp_path / "cache"))
     notebook = nbformat.read(ROOT / "notebooks" / "01_first_lora.ipynb", as_version=4)
-    shorter = '"trainer.max_epochs=4", "callbacks.compare=null"'
+    shorter = '"trainer.max_epochs=6", "callbacks.compare=null"'
     for cell in notebook.cells:
         cell.source = cell.source.replace('"first_lora",', f'"first_lora", {shorter},')
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -166,7 +166,7 @@ class GiveVerdict(L.Callback):
         lr = optimizers[0].param_groups[0].get("initial_lr", optimizers[0].param_groups[0]["lr"]) if optimizers else 0.0
         return Facts(
             steps=trainer.global_step,
-            epochs=None if trainer.max_epochs in (None, -1) else trainer.max_epochs,
+            epochs=None if trainer.max_steps != -1 or trainer.max_epochs == -1 else trainer.max_epochs,
             lr=float(lr),
             truncated=report["truncated"] / max(report["records"], 1),
             max_length=self._data.max_length,
