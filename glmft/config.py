@@ -306,6 +306,9 @@ def overrides() -> list[str]:
 
 def _unquote(override: str) -> str:
     key, equals, value = override.partition("=")
+    if value.startswith("[") and value.endswith("]"):
+        items = [_unquote(f"={item}")[1:] for item in value[1:-1].split(",")]
+        return f"{key}{equals}[{','.join(items)}]"
     quoted = len(value) > 1 and value[0] == value[-1] == "'"
     return f"{key}{equals}{value[1:-1]}".replace("\\'", "'") if quoted else override
 

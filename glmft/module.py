@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from glmft.data.collate import Batch
 from glmft.data.datamodule import InstructionData
 from glmft.errors import DamagedError, GlmftError, ProblemList, UserError
+from glmft.kernels import compiling
+from glmft.kernels.attention import has_varlen
 from glmft.kernels.loss import cross_entropy_sum
 from glmft.models.hub import Source, fetch
 from glmft.models.loading import as_dtype, load_model
@@ -55,6 +57,8 @@ class FineTuner(L.LightningModule):
         strategy: what learns.
         optimizer, scheduler: factories, see `glmft.optim`.
         gradient_checkpointing: keep only each layer's input and compute the rest again in the backward pass.
+        compile_layers: compile each decoder layer; "auto" does so on a GPU with torch's variable-length attention, for
+            runs that are long enough to gain by it.
         seed: of dropout; every micro-batch is seeded by (seed, epoch, index).
     """
 
@@ -68,12 +72,13 @@ class FineTuner(L.LightningModule):
         revision: str | None = None,
         dtype: DtypeName = "auto",
         gradient_checkpointing: bool = False,
+        compile_layers: bool | Literal["auto"] = "auto",
         seed: Count = 0,
     ) -> None:
         super().__init__()
         self.path, self.source, self.revision, self.dtype_name = path, source, revision, dtype
         self.tuning, self.optimizer_factory, self.scheduler_factory = strategy, optimizer, scheduler
-        self.gradient_checkpointing, self.seed = gradient_checkpointing, seed
+        self.gradient_checkpointing, self.compile_layers, self.seed = gradient_checkpointing, compile_layers, seed
         self.strict_loading = False  # a checkpoint holds what was trained; `load_state_dict` checks it exactly
         self.network: Any = None
         self.step_metrics: dict[str, float] | None = None
@@ -106,9 +111,19 @@ class FineTuner(L.LightningModule):
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.network = self.tuning.apply(model)
-        if self.gradient_checkpointing:
+        compiles = self._compiles(model)
+        if self.gradient_checkpointing or compiles:  # compiled: so that the first layer shares the others' graph
             glm(self.network).enable_input_require_grads()
+        if compiles:
+            compiling.compile_layers(glm(self.network).model.layers)
         self.network.train()
+
+    def _compiles(self, model: Any) -> bool:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.compile_layers != "auto":
+            return self.compile_layers
+        tokens = total_steps(self.trainer) * data.tokens_per_step
+        return bool(data.packing and tokens >= compiling.PAYS_FROM and has_varlen(model.lm_head.weight))
 
     def load(self, device: torch.device, dtype: str) -> Any:
         """The base model, in the form that the strategy trains on."""
@@ -127,6 +142,7 @@ class FineTuner(L.LightningModule):
         model = glm(self.network)
         packing = {}
         if batch.cu_seqlens is not None:
+            compiling.allow_any_length(batch.cu_seqlens)
             packing = {"cu_seq_lens_q": batch.cu_seqlens, "max_length_q": batch.max_seqlen}
         hidden = model.model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packing

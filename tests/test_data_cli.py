@@ -29,7 +29,9 @@ def test_a_file_gets_a_name_and_can_be_trained_on(train, capsys, monkeypatch, tm
     assert "data.datasets=[我的数据]" in capsys.readouterr().out
     assert registry() == {"我的数据": {"file_name": "mine.json"}}
     quiet = ("callbacks.samples=null", "callbacks.compare=null", "callbacks.verdict=null")
-    assert train("data.datasets=[我的数据]", "data.val_datasets=[]", "trainer.max_steps=1", *quiet).code == 0
+    result = train("data.datasets=[我的数据]", "data.val_datasets=[]", "trainer.max_steps=1", *quiet)
+    assert result.code == 0
+    assert "'data.datasets=[我的数据]'" in next(Path("runs").glob("*/command.txt")).read_text(encoding="utf-8")
 
 
 def test_other_entries_stay_and_a_taken_name_is_refused(capsys):

@@ -62,7 +62,7 @@ def test_five_records_at_a_high_rate_are_learned_and_the_rest_is_forgotten(verdi
 
 @seeds
 def test_own_answers_mixed_in_keep_the_rest(verdict, seed):
-    found, out = verdict(*FIVE, "data.replay=self", f"seed={seed}", "trainer.max_epochs=30")
+    found, out = verdict(*FIVE, "data.replay=self", f"seed={seed}", "trainer.max_epochs=20")
     assert (found["learned"], found["kept"]) == ("yes", "yes")
     assert "replayed: 64" in out
 
@@ -96,7 +96,7 @@ def test_another_layout_in_training_is_named(verdict, monkeypatch, seed):
         return Sample(ids + answer, [IGNORE_INDEX] * len(ids) + answer, conversation.source)
 
     monkeypatch.setattr(ChatGLM3Tokenizer, "encode_conversation", chatglm2)
-    found, out = verdict(*FIVE, "data.max_samples=6", f"seed={seed}")
+    found, out = verdict(*FIVE, "data.max_samples=6", f"seed={seed}", "trainer.max_epochs=20")
     assert found["learned"] != "yes" or found["kept"] != "yes"
     assert "another layout than prompts" in out
 

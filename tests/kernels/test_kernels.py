@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from glmft import optim
+from glmft.data.collate import Batch, pack
+from glmft.kernels import compiling
 from glmft.kernels.attention import packed_attention, packed_attention_reference
 from glmft.kernels.loss import cross_entropy_sum, cross_entropy_sum_reference
 from glmft.models import load_model
+from glmft.module import FineTuner
+from glmft.strategies.base import glm
+from glmft.strategies.lora import LoRA
 
 
 def test_documents_do_not_see_each_other():
@@ -52,3 +59,42 @@ def test_chunked_loss_equals_its_reference():
     with torch.no_grad():
         assert torch.allclose(cross_entropy_sum(hidden, weight, targets, chunk=10), expected)
     assert cross_entropy_sum(hidden[:0], weight, targets[:0]) == 0
+
+
+def test_compiled_layers_give_the_same_loss_and_gradients(tiny, monkeypatch):
+    """Packed training goes through the compiler (its tracing and autograd; no code is generated here), validation and
+    generation do not."""
+    samples = [(np.arange(3, 3 + n), np.arange(n) > 2) for n in (9, 14, 6)]
+    batch = Batch(**pack(samples, step_tokens=1))
+    calls: list[int] = []
+    real = torch.compile
+
+    def counting(f):
+        traced = real(f, backend="aot_eager")
+
+        def call(*args, **kwargs):
+            calls.append(1)
+            return traced(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", counting)
+    results = []
+    for compiled in (False, True):
+        module = FineTuner(str(tiny), LoRA(r=4), optim.adamw, optim.constant)
+        torch.manual_seed(0)
+        module.network = module.tuning.apply(load_model(tiny, dtype="float32").requires_grad_(False)).train()
+        for name, p in module.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.02)
+        glm(module.network).enable_input_require_grads()
+        if compiled:
+            compiling.compile_layers(glm(module.network).model.layers)
+        loss = module.loss_sum(batch)
+        loss.backward()
+        with torch.no_grad():
+            module.loss_sum(batch)
+        assert len(calls) == (4 if compiled else 0)
+        grads = torch.cat([p.grad.flatten() for p in module.trained_parameters.values()])
+        results.append((loss.detach(), grads))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
