@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from glmft.recipes import groups, options
+
 COMMANDS = {  # command -> (module, what it does)
     "train": ("glmft.train", "fine-tune: glmft train experiment=lora_alpaca_zh"),
     "data": ("glmft.data_cli", "data sets: glmft data add mine.json --name mine"),
@@ -47,25 +47,9 @@ def complete(words: list[str]) -> list[str]:
         return [c for c in COMMANDS if c.startswith(words[0] if words else "")]
     if "=" in words[-2:]:
         group, prefix = (words[-2], "") if words[-1] == "=" else (words[-3], words[-1])
-        return [o for o in _options(group) if o.startswith(prefix)]
-    keys = [f"{g}=" for g in _groups()]
+        return [o for o in options(group) if o.startswith(prefix)]
+    keys = [f"{g}=" for g in groups()]
     return [k for k in keys if k.startswith(words[-1])]
-
-
-def _roots() -> list[Path]:
-    inside = HERE / "conf"
-    packaged = inside if (inside / "train.yaml").is_file() else HERE.parent / "conf"
-    own = [Path("glmft_conf"), *map(Path, filter(None, [os.environ.get("GLMFT_CONF")]))]
-    return [p for p in (*own, packaged) if p.is_dir()]
-
-
-def _groups() -> list[str]:
-    folders = {d.name for root in _roots() for d in root.iterdir() if d.is_dir() and any(d.glob("*.yaml"))}
-    return sorted(folders - {"hydra", "paths"})
-
-
-def _options(group: str) -> list[str]:
-    return sorted({f.stem for root in _roots() for f in (root / group).glob("*.yaml")})
 
 
 if __name__ == "__main__":

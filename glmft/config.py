@@ -1,10 +1,9 @@
-"""Everything that touches Hydra: where recipes lie, how the command line is read, how a configuration is checked."""
+"""How Hydra runs our programs: composing, checking a configuration, and what a job knows of itself."""
 
 from __future__ import annotations
 
 import functools
 import os
-import re
 import shlex
 import sys
 import traceback
@@ -15,7 +14,6 @@ from typing import Any
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -26,10 +24,10 @@ from yaml import YAMLError
 
 from glmft import signatures
 from glmft.caches import use_cache_dir
+from glmft.command_line import prepare_argv, unquote
 from glmft.errors import DamagedError, GlmftError, ProblemList, nearest
+from glmft.recipes import conf_dir, user_dirs
 
-PACKAGE = Path(__file__).resolve().parent
-USER_FOLDER = "glmft_conf"
 IDENTITY = ("model", "strategy", "data", "optimizer", "scheduler", "seed")
 FREE_DATA_KEYS = ("num_workers", "tokens_per_batch")
 IDENTITY_OF_TRAINER = ("precision", "gradient_clip_val")
@@ -67,92 +65,12 @@ OWN_KEYS = (  # of Lightning's Trainer: they follow from the data's plan
 )
 
 
-def conf_dir() -> Path:
-    """The recipes: inside the wheel, or beside the package in a checkout."""
-    inside = PACKAGE / "conf"
-    return inside if (inside / "train.yaml").is_file() else PACKAGE.parent / "conf"
-
-
-def user_dirs() -> list[Path]:
-    """A user's own recipes: ./glmft_conf, then $GLMFT_CONF."""
-    places = [Path(USER_FOLDER), *([Path(os.environ["GLMFT_CONF"])] if os.environ.get("GLMFT_CONF") else [])]
-    return [p.resolve() for p in places if p.is_dir()]
-
-
 class UserRecipes(SearchPathPlugin):
     """Puts a user's own recipes in front of the packaged ones."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in reversed(user_dirs()):
             search_path.prepend("user", f"file://{folder}")
-
-
-# ---- the command line
-
-
-def options(group: str) -> list[str]:
-    """The choices of a config group, packaged and the user's."""
-    folders = [d / group for d in (*user_dirs(), conf_dir())]
-    return sorted({f.stem for folder in folders if folder.is_dir() for f in folder.glob("*.yaml")})
-
-
-def prepare_argv(argv: list[str]) -> list[str]:
-    """The command line as Hydra wants it; applying it twice changes nothing.
-
-    Values that Hydra's lexer rejects (Chinese, spaces, a leading ~) are quoted. Keys that are no config group get
-    `++`, so that an unknown one reaches our own check instead of stopping at the first.
-
-    Raises:
-        ProblemList: choices of groups that do not exist, all together, each with the nearest name.
-    """
-    multirun = any(a in ("-m", "--multirun") for a in argv)
-    problems: list[str] = []
-    out = []
-    for argument in argv:
-        key, equals, value = argument.partition("=")
-        if not equals or key.startswith("-"):
-            out.append(argument)
-            continue
-        value = _quote(key, value, multirun)
-        group = key.lstrip("+~").partition("@")[0]
-        if choices := options(group):
-            problems += _unknown_choices(group, value, choices)
-        elif re.match(r"^[A-Za-z]", key) and not key.startswith("hydra"):
-            key = f"++{key}"
-        out.append(f"{key}={value}")
-    if problems:
-        raise ProblemList("command line", problems)
-    sweep = [a for a in out if a in ("-m", "--multirun")]  # Hydra takes it only before the overrides
-    return sweep + [a for a in out if a not in sweep]
-
-
-def _quote(key: str, value: str, multirun: bool) -> str:
-    if _parses(f"{key}={value}"):
-        return value
-    if value.startswith("[") and value.endswith("]"):
-        return "[" + ",".join(_quote_one(key, p.strip()) for p in value[1:-1].split(",")) + "]"
-    return ",".join(_quote_one(key, p) for p in (value.split(",") if multirun else [value]))
-
-
-def _quote_one(key: str, value: str) -> str:
-    return value if _parses(f"{key}={value}") else "'" + value.replace("'", "\\'") + "'"
-
-
-def _parses(override: str) -> bool:
-    try:
-        OverridesParser.create().parse_override(override)
-    except HydraException:
-        return False
-    return True
-
-
-def _unknown_choices(group: str, value: str, choices: list[str]) -> list[str]:
-    asked = [v.strip() for v in value.split(",")] if re.match(r"^[\w, -]+$", value) else []
-    return [
-        f"{group}={v}: unknown{nearest(v, choices)} (there are {', '.join(choices)})"
-        for v in asked
-        if v not in (*choices, "null")
-    ]
 
 
 # ---- running
@@ -301,16 +219,7 @@ def instantiate_all(nodes: DictConfig | None) -> list[Any]:
 
 def overrides() -> list[str]:
     """This job's overrides as the user wrote them, without what `prepare_argv` added."""
-    return [_unquote(o.removeprefix("++")) for o in HydraConfig.get().overrides.task]
-
-
-def _unquote(override: str) -> str:
-    key, equals, value = override.partition("=")
-    if value.startswith("[") and value.endswith("]"):
-        items = [_unquote(f"={item}")[1:] for item in value[1:-1].split(",")]
-        return f"{key}{equals}[{','.join(items)}]"
-    quoted = len(value) > 1 and value[0] == value[-1] == "'"
-    return f"{key}{equals}{value[1:-1]}".replace("\\'", "'") if quoted else override
+    return [unquote(o.removeprefix("++")) for o in HydraConfig.get().overrides.task]
 
 
 def choice(group: str) -> str:

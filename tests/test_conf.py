@@ -8,13 +8,13 @@ import pytest
 from conftest import FAST
 from hydra import compose, initialize_config_dir
 
-from glmft import config
+from glmft import config, recipes
 from glmft.signatures import problems, signature
 from glmft.train import TOPS
 
 GROUPS = ("model", "strategy", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger", "resume", "debug")
-CHOICES = [(g, o) for g in GROUPS for o in config.options(g)]
-EXPERIMENTS = config.options("experiment")
+CHOICES = [(g, o) for g in GROUPS for o in recipes.options(g)]
+EXPERIMENTS = recipes.options("experiment")
 
 
 def composed(*overrides: str):
