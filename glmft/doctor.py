@@ -15,7 +15,7 @@ from rich.text import Text as RichText
 
 from glmft.caches import use_cache_dir
 from glmft.checks import machine, model, services
-from glmft.checks.finding import Check, Finding, Text, guarded
+from glmft.checks.finding import Check, Finding, Text, both, guarded
 from glmft.models.hub import find_local
 
 MARKS = {True: ("✔", "green"), False: ("✘", "red"), None: ("–", "dim")}
@@ -24,12 +24,12 @@ MARKS = {True: ("✔", "green"), False: ("✘", "red"), None: ("–", "dim")}
 def examine(path: str, data: Sequence[str], answer: bool) -> list[Finding]:
     """All findings, in the order in which things go wrong on a new machine."""
     checks: list[tuple[Text, Check]] = [
-        (Text("GPU", "GPU"), machine.check_gpu),
+        (both("GPU"), machine.check_gpu),
         (Text("disk", "磁盘"), machine.check_disk),
         (Text("model", "模型"), partial(model.check_model, path, answer)),
         (Text("data sets", "数据集"), partial(services.check_data, data)),
         (Text("hub", "模型库"), partial(services.check_hub, find_local(path) is None)),
-        (Text("W&B", "W&B"), services.check_wandb),
+        (both("W&B"), services.check_wandb),
         (Text("tab completion", "Tab 补全"), services.check_completion),
     ]
     return [finding for name, check in checks for finding in guarded(name, check)]

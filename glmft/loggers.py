@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -18,12 +19,17 @@ Mode = Literal["auto", "online", "offline"]
 
 def reachable(seconds: float = 3.0) -> bool:
     """A key is set and the W&B server accepts a connection."""
-    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    host = url.hostname or ""
-    if not (os.environ.get("WANDB_API_KEY") or _in_netrc(host)):
-        return False
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or _in_netrc(urlparse(url).hostname or "")
+    return has_key and connects(url, seconds)
+
+
+def connects(url: str, seconds: float = 3.0) -> bool:
+    """A TCP connection to the URL's host can be opened."""
+    parts = urlparse(url)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
     try:
-        socket.create_connection((host, url.port or (80 if url.scheme == "http" else 443)), timeout=seconds).close()
+        socket.create_connection((parts.hostname or "", port), timeout=seconds).close()
     except OSError:
         return False
     return True
@@ -90,3 +96,10 @@ class WandB(WandbLogger):
         """Dicts with the same keys, as a W&B table."""
         if rows:
             self.log_table(key, columns=list(rows[0]), data=[list(r.values()) for r in rows])
+
+
+def log_rows(loggers: Iterable[Any], key: str, rows: list[dict[str, Any]]) -> None:
+    """The rows as a table in each W&B run among the loggers."""
+    for logger in loggers:
+        if isinstance(logger, WandB):
+            logger.log_rows(key, rows)

@@ -16,13 +16,13 @@ from glmft.kernels import compiling
 from glmft.kernels.attention import has_varlen
 from glmft.kernels.loss import cross_entropy_sum
 from glmft.models.hub import Source, fetch
-from glmft.models.loading import as_dtype, load_model
+from glmft.models.loading import as_dtype, glm, load_model
 from glmft.models.published import check_folder
 from glmft.models.tokenizer import load_tokenizer
 from glmft.optim import OptimizerFactory, SchedulerFactory
 from glmft.precision import DTYPE_OF
 from glmft.schema import Count, DtypeName, Name
-from glmft.strategies.base import Strategy, glm
+from glmft.strategies.base import Strategy
 
 
 class TrainingStopped(GlmftError):
@@ -142,7 +142,6 @@ class FineTuner(L.LightningModule):
         model = glm(self.network)
         packing = {}
         if batch.cu_seqlens is not None:
-            compiling.allow_any_length(batch.cu_seqlens)
             packing = {"cu_seq_lens_q": batch.cu_seqlens, "max_length_q": batch.max_seqlen}
         hidden = model.model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packing

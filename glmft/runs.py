@@ -181,7 +181,7 @@ def environment(device: str) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "device": device,
-        "gpus": _gpus(),
+        "gpus": gpu_rows(),
         "packages": versions,
         "variables": {k: os.environ[k] for k in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID") if k in os.environ},
     }
@@ -191,15 +191,17 @@ def _git_commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    return _output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"])
+    return output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"])
 
 
-def _gpus() -> list[str]:
-    out = _output(["nvidia-smi", "--query-gpu=name,uuid,driver_version,memory.total", "--format=csv,noheader"])
+def gpu_rows() -> list[str]:
+    """`name, uuid, driver, memory` of each NVIDIA GPU."""
+    out = output(["nvidia-smi", "--query-gpu=name,uuid,driver_version,memory.total", "--format=csv,noheader"])
     return out.splitlines() if out else []
 
 
-def _output(command: list[str]) -> str | None:
+def output(command: list[str]) -> str | None:
+    """stdout of a program, or None where it is absent or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -143,6 +143,7 @@ def train(cfg: DictConfig, run: Run) -> float | None:
     """Instantiates the pieces, fits, and writes what remains."""
     import lightning as L
 
+    from glmft.callbacks import find_callback
     from glmft.callbacks.record import RunRecord
     from glmft.checkpoints import check_readable
     from glmft.loggers import WandB
@@ -152,7 +153,7 @@ def train(cfg: DictConfig, run: Run) -> float | None:
     if run.last_checkpoint:
         check_readable(run.last_checkpoint)
     trainer, tuner, data = build(cfg)
-    record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)  # type: ignore[attr-defined]
+    record = find_callback(trainer, RunRecord)
     if record is None:
         raise UserError("callbacks.record=null: the run record cannot be left out")
     if trainer.is_global_zero:
@@ -232,7 +233,7 @@ def finish(cfg: DictConfig, run: Run, trainer: L.Trainer, tuner: Any, record: An
 
     from glmft.callbacks.compare import Compare
     from glmft.callbacks.panels import console, end_panel
-    from glmft.callbacks.verdict import GiveVerdict
+    from glmft.callbacks.verdict import verdict_of
 
     if not trainer.is_global_zero:
         return None
@@ -242,7 +243,7 @@ def finish(cfg: DictConfig, run: Run, trainer: L.Trainer, tuner: Any, record: An
         if isinstance(callback, Compare)
         for name, c in callback.results.items()
     }
-    verdict = next((c.result for c in trainer.callbacks if isinstance(c, GiveVerdict)), None)  # type: ignore[attr-defined]
+    verdict = verdict_of(trainer)
     more: dict[str, Any] = {"compare": compared} if compared else {}
     if verdict:
         more |= {"learned": verdict.learned, "kept": verdict.kept}

@@ -1,6 +1,6 @@
 """Did a run do anything, and did it break anything? Judged from likelihoods and answers of base and tuned model.
 
-*learned*: do the answers of the records became likelier, and are they now the model's own first choice?
+*learned*: did the answers of the records become likelier, and are they now the model's own first choice?
 *kept*: does the tuned model still answer general prompts as the base did?
 """
 
@@ -83,7 +83,7 @@ class Kept:
     """Of those that the base answers right."""
     same: float
     """Share of answers that are the base's, word for word."""
-    drift: float | None
+    drift: float
     """How much less likely the tuned model finds the base's answers, nats a token."""
     base_repetition: float
     tuned_repetition: float
@@ -107,9 +107,7 @@ def repetition(answers: Sequence[str], n: int = 4) -> float:
     return seen / total if total else 0.0
 
 
-def compare_answers(
-    prompts: Sequence[dict[str, Any]], base: Sequence[str], tuned: Sequence[str], drift: float | None
-) -> Kept:
+def compare_answers(prompts: Sequence[dict[str, Any]], base: Sequence[str], tuned: Sequence[str], drift: float) -> Kept:
     """Evidence of the general prompts: {"prompt", "expect"}, and both models' answers to them."""
     right = [i for i, p in enumerate(prompts) if is_right(base[i], p["expect"])]
     lost = [i for i in right if not is_right(tuned[i], prompts[i]["expect"])]
@@ -222,11 +220,9 @@ def _grade_kept(general: Kept | None, reasons: list[str]) -> Grade:
         if share < KEPT_YES:
             reasons.append(f"{general.base_right - general.still_right} general prompts are no longer answered right")
         grade = _grade(share, KEPT_YES, KEPT_WEAK)
-    elif general.drift is not None:
+    else:
         reasons.append(f"the base answers only {general.base_right} general prompts right: judged by drift")
         grade = _grade(-general.drift, -DRIFT_YES, -DRIFT_WEAK)
-    else:
-        return "unknown"
     return {"yes": "weak", "weak": "no"}.get(grade, grade) if repeats else grade  # type: ignore[return-value]
 
 
@@ -276,10 +272,9 @@ def summary_lines(verdict: Verdict) -> list[str]:
             )
     lines.append(f"kept: {verdict.kept}")
     if g := verdict.general:
-        drift = "" if g.drift is None else f", drift {g.drift:.3f} nats a token"
         lines.append(
             f"  {g.prompts} general prompts: {g.still_right} of the {g.base_right} that the base answers right are "
-            f"still right; {g.same:.0%} word for word{drift}"
+            f"still right; {g.same:.0%} word for word, drift {g.drift:.3f} nats a token"
         )
     lines += [f"  {reason}" for reason in verdict.reasons]
     lines += [f"  not measured: {what}" for what in verdict.missing]

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 
 from glmft import __version__
-from glmft.callbacks.verdict import GiveVerdict
+from glmft.callbacks.verdict import verdict_of
 from glmft.module import FineTuner
 from glmft.verdict import summary_lines
 
@@ -44,7 +44,7 @@ def model_card(trainer: L.Trainer, tuner: FineTuner, run_dir: Path) -> str:
     """README.md of an adapter or model folder: base, command, results, licence."""
     metrics = trainer.callback_metrics
     command = run_dir / "command.txt"
-    verdict = next((c.result for c in trainer.callbacks if isinstance(c, GiveVerdict)), None)  # type: ignore[attr-defined]
+    verdict = verdict_of(trainer)
     return _CARD.format(
         base=tuner.path,
         library="peft" if tuner.tuning.output == "adapter" else "transformers",

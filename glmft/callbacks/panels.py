@@ -13,10 +13,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from glmft.callbacks import find_callback
 from glmft.callbacks.compare import Compare
 from glmft.callbacks.progress import duration
 from glmft.callbacks.samples import SampleAnswers
-from glmft.callbacks.verdict import GiveVerdict
+from glmft.callbacks.verdict import verdict_of
 from glmft.data.datamodule import InstructionData
 from glmft.module import FineTuner, total_steps
 from glmft.verdict import summary_lines
@@ -73,14 +74,13 @@ def start_rows(trainer: L.Trainer, tuner: FineTuner, data: InstructionData) -> d
 def end_panel(trainer: L.Trainer, summary: dict[str, Any], run_dir: Path, output: str, next_steps: list[str]) -> Panel:
     """Losses, time, comparison, sample answers and the next commands."""
     parts: list[Any] = [Text(_results(summary))]
-    compared = next((c for c in trainer.callbacks if isinstance(c, Compare)), None)  # type: ignore[attr-defined]
+    compared = find_callback(trainer, Compare)
     if compared and compared.results:
         parts.append(_comparison_table(compared))
-    samples = next((c for c in trainer.callbacks if isinstance(c, SampleAnswers)), None)  # type: ignore[attr-defined]
+    samples = find_callback(trainer, SampleAnswers)
     if samples and samples.base:
         parts.append(_sample_table(samples))
-    verdict = next((c.result for c in trainer.callbacks if isinstance(c, GiveVerdict)), None)  # type: ignore[attr-defined]
-    if verdict:
+    if verdict := verdict_of(trainer):
         parts.append(Text("\n".join(summary_lines(verdict)) + "\n"))
     here = os.path.relpath(run_dir)
     lines = [f"{output:8} {here}/{output}", f"loss     {here}/loss.png", *next_steps]

@@ -9,6 +9,7 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from glmft.callbacks import find_callback
 from glmft.callbacks.record import RunRecord
 from glmft.module import total_steps
 from glmft.schema import Rate
@@ -45,7 +46,7 @@ class TrainingProgress(L.Callback):
             self._bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, tuner: L.LightningModule, *args: Any) -> None:
-        record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)  # type: ignore[attr-defined]
+        record = find_callback(trainer, RunRecord)
         if record is None or not record.latest or not trainer.is_global_zero:
             return
         total = total_steps(trainer)

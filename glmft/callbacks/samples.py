@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from glmft.files import append_jsonl
-from glmft.loggers import WandB
+from glmft.loggers import log_rows
 from glmft.messages import Message
 from glmft.models.generation import answer
 from glmft.module import FineTuner
@@ -48,9 +48,7 @@ class SampleAnswers(L.Callback):
     def on_train_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
         if trainer.is_global_zero and (not self.rows or self.rows[-1]["step"] != trainer.global_step):
             self._ask(trainer, tuner)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandB):
-                logger.log_rows("samples", self.rows)
+        log_rows(trainer.loggers, "samples", self.rows)
 
     def _ask(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
         assert isinstance(tuner, FineTuner)

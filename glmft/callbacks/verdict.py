@@ -12,11 +12,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 
+from glmft.callbacks import find_callback
 from glmft.data.datamodule import InstructionData
 from glmft.files import read_json, write_json
-from glmft.loggers import WandB
+from glmft.loggers import log_rows
 from glmft.messages import Conversation, Message
-from glmft.models.generation import generate_ids
+from glmft.models.generation import evaluating, generate_ids
 from glmft.models.hub import PACKAGED
 from glmft.models.scoring import Pair, Scores, score_answers
 from glmft.models.tokenizer import ChatGLM3Tokenizer
@@ -26,6 +27,12 @@ from glmft.verdict import FOREIGN, Facts, Verdict, compare_answers, compare_scor
 
 GENERAL = PACKAGED / "prompts" / "general.json"
 STOP_EXACT = 0.98  # early stopping: share of references that are the tuned model's greedy answer
+
+
+def verdict_of(trainer: L.Trainer) -> Verdict | None:
+    """The verdict of a run that has one already."""
+    callback = find_callback(trainer, GiveVerdict)
+    return callback.result if callback else None
 
 
 @dataclass
@@ -60,6 +67,7 @@ class GiveVerdict(L.Callback):
         self.run_dir, self.max_records, self.max_new_tokens = Path(run_dir), max_records, max_new_tokens
         self.general_file, self.stop_early = Path(general) if general else GENERAL, stop_early
         self.result: Verdict | None = None
+        self._sets: dict[str, list[Pair]] | None = None  # chosen once
         self._base: Measured | None = None  # of strategies that cannot show the base afterwards
         self._missing: list[str] = []
         self._learned_epochs = 0
@@ -72,21 +80,18 @@ class GiveVerdict(L.Callback):
             return
         self._choose(trainer, tuner)
         with tuner.tuning.base_model(tuner.network) as base:
-            if base is not None:
-                return
-        if trainer.global_step == 0:
-            self._base = self._measure(tuner.network, tuner)
-        else:
-            self._missing.append("the base, which this strategy changes and a continued run no longer has")
+            if base is None and trainer.global_step == 0:
+                self._base = self._measure(tuner.network, tuner)
 
     def on_train_epoch_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
         """All ranks look at the same records, so that they decide alike."""
         assert isinstance(tuner, FineTuner)
         if not self.stop_early:
             return
-        if not hasattr(self, "_sets"):
-            self._choose(trainer, tuner)
-        scores = score_answers(tuner.network, self._sets["training"], tuner.tokenizer.pad_id)
+        sets = self._choose(trainer, tuner)
+        if "training" not in sets:
+            return
+        scores = score_answers(tuner.network, sets["training"], tuner.tokenizer.pad_id)
         self._learned_epochs = self._learned_epochs + 1 if scores.chosen.mean() >= STOP_EXACT else 0
         if self._learned_epochs == 2:
             trainer.should_stop = True
@@ -95,17 +100,16 @@ class GiveVerdict(L.Callback):
         assert isinstance(tuner, FineTuner)
         if not trainer.is_global_zero:
             return
-        if not hasattr(self, "_sets"):  # the run ended before: its last checkpoint had no step left
-            self._choose(trainer, tuner)
+        self._choose(trainer, tuner)  # if the run ended before, its last checkpoint left no step to start with
         self.result = self._judge(trainer, tuner)
         write_json(self.run_dir / "verdict.json", self.result.to_json())
-        for logger in trainer.loggers:
-            if isinstance(logger, WandB):
-                logger.log_rows("verdict", [{"learned": self.result.learned, "kept": self.result.kept}])
+        log_rows(trainer.loggers, "verdict", [{"learned": self.result.learned, "kept": self.result.kept}])
 
     # ---- evidence
 
-    def _choose(self, trainer: L.Trainer, tuner: FineTuner) -> None:
+    def _choose(self, trainer: L.Trainer, tuner: FineTuner) -> dict[str, list[Pair]]:
+        if self._sets is not None:
+            return self._sets
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, InstructionData)
         self._data = data
@@ -125,12 +129,15 @@ class GiveVerdict(L.Callback):
         self._other_layout = not all(starts_alike(tuner.tokenizer, ids) for ids in first)
         seen = {c.prompt[-1].content for c in data.corpus.conversations}
         self._general = [p for p in read_json(self.general_file) if p["prompt"] not in seen]
+        self._asked = [tuner.tokenizer.encode_prompt([Message("user", p["prompt"])]) for p in self._general]
+        return self._sets
 
     def _judge(self, trainer: L.Trainer, tuner: FineTuner) -> Verdict:
         with tuner.tuning.base_model(tuner.network) as shown:
             base = self._base if shown is None else self._measure(shown, tuner)
         missing = list(self._missing)
         if base is None:
+            missing.append("the base, which this strategy changes and a continued run no longer has")
             return judge(None, None, None, self._facts(trainer, missing))
         tuned = self._measure(tuner.network, tuner)
         evidence = {k: compare_scores(base.sets[k], tuned.sets[k]) for k in base.sets}
@@ -145,20 +152,15 @@ class GiveVerdict(L.Callback):
         return judge(evidence.get("training"), evidence.get("validation"), general, self._facts(trainer, missing))
 
     def _measure(self, model: Any, tuner: FineTuner) -> Measured:
+        assert self._sets is not None
         pad_id = tuner.tokenizer.pad_id
         sets = {k: score_answers(model, pairs, pad_id) for k, pairs in self._sets.items()}
-        was_training = model.training
-        model.eval()
-        asked = self._asked(tuner)
-        replies = generate_ids(model, asked, tuner.tokenizer, self.max_new_tokens) if asked else []
-        model.train(was_training)
+        with evaluating(model):
+            replies = generate_ids(model, self._asked, tuner.tokenizer, self.max_new_tokens) if self._asked else []
         return Measured(sets, replies, score_answers(model, self._said(replies, tuner), pad_id))
 
-    def _asked(self, tuner: FineTuner) -> list[list[int]]:
-        return [tuner.tokenizer.encode_prompt([Message("user", p["prompt"])]) for p in self._general]
-
     def _said(self, replies: list[list[int]], tuner: FineTuner) -> list[Pair]:
-        return [(p, [*r, tuner.tokenizer.eos_id]) for p, r in zip(self._asked(tuner), replies, strict=True)]
+        return [(p, [*r, tuner.tokenizer.eos_id]) for p, r in zip(self._asked, replies, strict=True)]
 
     def _facts(self, trainer: L.Trainer, missing: Sequence[str]) -> Facts:
         report = self._data.corpus.report()
@@ -179,9 +181,7 @@ class GiveVerdict(L.Callback):
 
 def as_pair(tokenizer: ChatGLM3Tokenizer, conversation: Conversation) -> Pair:
     """The last answer of a conversation and what asks for it, in the layout of inference."""
-    answer = conversation.messages[-1]
-    head = tokenizer.encode(f"{answer.metadata}\n")
-    return tokenizer.encode_prompt(conversation.prompt), [*head, *tokenizer.encode(answer.content), tokenizer.eos_id]
+    return tokenizer.encode_prompt(conversation.prompt), tokenizer.encode_answer(conversation.messages[-1])
 
 
 def starts_alike(tokenizer: ChatGLM3Tokenizer, ids: list[int]) -> bool:

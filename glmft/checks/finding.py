@@ -14,6 +14,11 @@ class Text(NamedTuple):
     zh: str
 
 
+def both(text: str) -> Text:
+    """What reads the same in both: a path, a number, a command, another program's message."""
+    return Text(text, text)
+
+
 @dataclass(frozen=True)
 class Finding:
     """`ok` is True, False, or None where there is nothing to judge. `fix` is a line to paste, or what to do."""
@@ -38,4 +43,4 @@ def guarded(name: Text, check: Check) -> list[Finding]:
         return list(check())
     except Exception as e:
         reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-        return [Finding(name, False, Text(reason, reason))]
+        return [Finding(name, False, both(reason))]

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from glmft.caches import cache_dir
-from glmft.checks.finding import Finding, Text
+from glmft.checks.finding import Finding, Text, both
+from glmft.runs import gpu_rows, output
 
 MIN_DRIVER = {11: 450, 12: 525, 13: 580}  # NVIDIA's minor-version compatibility, by CUDA major version
 IMAGE_ERRORS = ("kernel image", "no kernel image", "invalid device function", "PTX", "unsupported toolchain")
@@ -34,35 +35,27 @@ class Gpu:
     memory: str
 
 
-def output(command: list[str], seconds: float = 20) -> str | None:
-    """stdout of a program, or None where it is absent or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def gpus() -> list[Gpu]:
     """What nvidia-smi lists."""
-    out = output(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])
-    rows = [[c.strip() for c in line.split(",")] for line in (out or "").splitlines()]
-    return [Gpu(*row) for row in rows if len(row) == 3]
+    rows = [[c.strip() for c in line.split(",")] for line in gpu_rows()]
+    return [Gpu(name, driver, memory) for name, _, driver, memory in (row for row in rows if len(row) == 4)]
 
 
 def probe() -> dict[str, Any]:
     """What `glmft.checks.probe` prints, or {"crash": reason}."""
-    command = [sys.executable, "-m", "glmft.checks.probe"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, "-m", "glmft.checks.probe"], capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.SubprocessError) as e:
+        return {"crash": str(e)}
+    try:
         return dict(json.loads(done.stdout.splitlines()[-1]))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as e:
-        lines = done.stderr.strip().splitlines() if "done" in locals() else [str(e)]
-        return {"crash": lines[-1] if lines else "no output"}
+    except (ValueError, IndexError):
+        return {"crash": (done.stderr.strip().splitlines() or ["no output"])[-1]}
 
 
 def check_gpu() -> Iterator[Finding]:
     """Driver, build, architecture, kernels, precision, memory."""
-    name = Text("GPU", "GPU")
+    name = both("GPU")
     cards, facts = gpus(), probe()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if "crash" in facts:
@@ -77,20 +70,16 @@ def check_gpu() -> Iterator[Finding]:
         yield from check_kernels(facts, "")
         return
     driver = cards[0].driver
-    yield Finding(name, True, Text(*[f"{len(cards)} × {cards[0].name}, driver {driver}"] * 2))
+    yield Finding(name, True, both(f"{len(cards)} × {cards[0].name}, driver {driver}"))
     if visible is not None:
-        yield Finding(
-            Text("CUDA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"), visible != "" or None, Text(visible, visible)
-        )
+        yield Finding(both("CUDA_VISIBLE_DEVICES"), visible != "" or None, both(visible))
     yield from check_build(facts, driver)
     yield from check_kernels(facts, driver)
     if facts["device"] == "cuda":
         yield check_memory(facts)
 
 
-REINSTALL = Text(
-    "uv pip install --reinstall torch --torch-backend=auto", "uv pip install --reinstall torch --torch-backend=auto"
-)
+REINSTALL = both("uv pip install --reinstall torch --torch-backend=auto")
 
 
 def check_build(facts: dict[str, Any], driver: str) -> Iterator[Finding]:
@@ -115,9 +104,7 @@ def check_build(facts: dict[str, Any], driver: str) -> Iterator[Finding]:
     yield Finding(name, True, Text(f"torch {facts['torch']}, CUDA {build}", f"torch {facts['torch']}，CUDA {build}"))
     if facts["device"] != "cuda":
         says = Text("torch does not see the GPU", "torch 看不到 GPU")
-        yield Finding(
-            name, False, says, Text("unset CUDA_VISIBLE_DEVICES; nvidia-smi", "unset CUDA_VISIBLE_DEVICES; nvidia-smi")
-        )
+        yield Finding(name, False, says, both("unset CUDA_VISIBLE_DEVICES; nvidia-smi"))
         return
     if not has_kernels(facts["capability"], facts["arch_list"]):
         major, minor = facts["capability"]
@@ -128,7 +115,7 @@ def check_build(facts: dict[str, Any], driver: str) -> Iterator[Finding]:
             Text("architecture", "架构"),
             False,
             Text(f"the card is {card}, this torch has kernels for {listed}", f"显卡是 {card}，此 torch 只含 {listed}"),
-            Text(fix, fix),
+            both(fix),
         )
 
 
@@ -146,8 +133,8 @@ def has_kernels(capability: list[int], arch_list: list[str]) -> bool:
 
 KERNELS = {
     "fp32": Text("kernel", "核函数"),
-    "bf16": Text("bf16", "bf16"),
-    "fp8": Text("FP8", "FP8"),
+    "bf16": both("bf16"),
+    "fp8": both("FP8"),
     "4bit": Text("4 bit (bitsandbytes)", "4 bit（bitsandbytes）"),
     "compile": Text("compiler (Triton)", "编译器（Triton）"),
 }
@@ -164,9 +151,7 @@ def check_kernels(facts: dict[str, Any], driver: str) -> Iterator[Finding]:
         elif not error:
             yield Finding(name, True, works)
         else:
-            yield Finding(
-                name, False, Text(*[error.splitlines()[0][:200]] * 2), _kernel_fix(test, error, facts, driver)
-            )
+            yield Finding(name, False, both(error.splitlines()[0][:200]), _kernel_fix(test, error, facts, driver))
 
 
 def _lacks(name: Text, test: str) -> Finding:
@@ -189,7 +174,7 @@ def _kernel_fix(test: str, error: str, facts: dict[str, Any], driver: str) -> Te
         folder = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
         return Text(f"a stale Triton cache: rm -r {folder}", f"Triton 缓存过期：rm -r {folder}")
     if test == "4bit":
-        return Text("pip install --upgrade bitsandbytes", "pip install --upgrade bitsandbytes")
+        return both("pip install --upgrade bitsandbytes")
     if test == "compile":
         return Text("a C compiler is needed: apt-get install gcc", "需要 C 编译器：apt-get install gcc")
     return REINSTALL
@@ -207,8 +192,8 @@ def check_memory(facts: dict[str, Any]) -> Finding:
             "end the processes above, or choose a card: CUDA_VISIBLE_DEVICES=1",
             "结束上述进程，或换卡：CUDA_VISIBLE_DEVICES=1",
         )
-        return Finding(name, False, Text(says, says), fix)
-    return Finding(name, True, Text(says, says))
+        return Finding(name, False, both(says), fix)
+    return Finding(name, True, both(says))
 
 
 def check_disk() -> Iterator[Finding]:
@@ -222,7 +207,7 @@ def check_disk() -> Iterator[Finding]:
         says = Text(f"{free:.1f} GiB free, {folder}", f"剩余 {free:.1f} GiB，{folder}")
         if free < MIN_DISK_GIB:
             fix = Text(
-                "free some space, or run.dir / GLMFT_CACHE on another disk",
+                "free some space, or paths.output_dir / GLMFT_CACHE on another disk",
                 "清理空间，或把 paths.output_dir / GLMFT_CACHE 放到别的盘",
             )
             yield Finding(name, False, says, fix)

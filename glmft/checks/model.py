@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from glmft.checks.finding import Finding, Text
+from glmft.checks.finding import Finding, Text, both
 from glmft.errors import GlmftError
-from glmft.models.hub import download_commands, find_local
+from glmft.models.hub import download_commands, find_local, is_hub_id
 from glmft.models.published import PublishedConfig, check_folder, check_tokenizer
 from glmft.models.tokenizer import load_tokenizer
 
@@ -24,18 +24,12 @@ def check_model(path: str, answer: bool) -> Iterator[Finding]:
     """The folder, its tokenizer, its hashes; with `answer` also what it says."""
     folder = find_local(path)
     if folder is None:
-        command = download_commands(path, None) if "/" in path else ""
-        yield Finding(
-            MODEL,
-            False,
-            Text(f"{path}: not on this machine", f"{path}：本机没有"),
-            Text(command.strip(), command.strip()) if command else None,
-        )
+        yield Finding(MODEL, False, Text(f"{path}: not on this machine", f"{path}：本机没有"), download(path))
         return
     try:
         config, layout, weights = check_folder(folder)
     except GlmftError as e:
-        yield Finding(MODEL, False, Text(str(e), str(e)), refetch(path))
+        yield Finding(MODEL, False, both(str(e)), refetch(path))
         return
     size = f"{len(weights.files)} × {weights.format}, {weights.num_bytes / 1e9:.1f} GB, {layout}"
     yield Finding(MODEL, True, Text(f"{folder}: complete ({size})", f"{folder}：完整（{size}）"))
@@ -45,10 +39,14 @@ def check_model(path: str, answer: bool) -> Iterator[Finding]:
         yield check_answer(folder, config)
 
 
-def refetch(path: str) -> Text | None:
-    """The commands that fetch a hub model again."""
-    command = download_commands(path, None).strip() if re.match(r"^[\w.-]+/[\w.-]+$", path) else ""
-    return Text(command, command) if command else Text("fetch the files again", "请重新下载这些文件")
+def download(path: str) -> Text | None:
+    """The commands that fetch a hub model; None for a path that is no hub id."""
+    return both(download_commands(path, None).strip()) if is_hub_id(path) else None
+
+
+def refetch(path: str) -> Text:
+    """How to replace damaged files."""
+    return download(path) or Text("fetch the files again", "请重新下载这些文件")
 
 
 def check_tokenizer_file(folder: Path, config: PublishedConfig, path: str) -> Iterator[Finding]:
@@ -57,7 +55,7 @@ def check_tokenizer_file(folder: Path, config: PublishedConfig, path: str) -> It
         tokenizer = load_tokenizer(folder)
         check_tokenizer(len(tokenizer), config, folder)
     except GlmftError as e:
-        yield Finding(TOKENIZER, False, Text(str(e), str(e)), refetch(path))
+        yield Finding(TOKENIZER, False, both(str(e)), refetch(path))
         return
     back = tokenizer.decode(tokenizer.encode(ROUND_TRIP))
     says = Text(f"{len(tokenizer)} tokens; text comes back unchanged", f"{len(tokenizer)} 个 token；文本往返不变")
@@ -87,7 +85,7 @@ def check_hashes(folder: Path, files: tuple[Path, ...], path: str) -> Iterator[F
             if hashlib.file_digest(f, "sha256").hexdigest() != wanted:
                 wrong.append(file.name)
     if wrong:
-        yield Finding(name, False, Text(*[f"sha256 ≠: {', '.join(wrong)}"] * 2), refetch(path))
+        yield Finding(name, False, both(f"sha256 ≠: {', '.join(wrong)}"), refetch(path))
     else:
         yield Finding(name, True, Text(f"{len(known)} files as published", f"{len(known)} 个文件与发布的一致"))
 
@@ -99,10 +97,10 @@ def check_answer(folder: Path, config: PublishedConfig) -> Finding:
     from glmft.messages import Message
     from glmft.models import load_model
     from glmft.models.generation import answer
+    from glmft.precision import real_bf16
 
-    gpu = torch.cuda.is_available()
-    bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    model = load_model(folder, dtype="bfloat16" if bf16 else "float32", device="cuda" if gpu else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(folder, dtype="bfloat16" if real_bf16() else "float32", device=device)
     (said,) = answer(model, load_tokenizer(folder), [[Message("user", QUESTION)]], max_new_tokens=48)
     name = Text("answer", "回答")
     if any(getattr(config, k) != v for k, v in IS_6B.items()):
@@ -115,4 +113,4 @@ def check_answer(folder: Path, config: PublishedConfig) -> Finding:
         )
     ok = said == PUBLISHED_ANSWER
     expected = "" if ok else f" ≠ {PUBLISHED_ANSWER}"
-    return Finding(name, ok, Text(*[f"{QUESTION} → {said}{expected}"] * 2))
+    return Finding(name, ok, both(f"{QUESTION} → {said}{expected}"))

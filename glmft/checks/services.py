@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlparse
 
-from glmft.checks.finding import Finding, Text
+from glmft.checks.finding import Finding, Text, both
 from glmft.data.registry import PACKAGED, REGISTRY, find_dataset
 from glmft.errors import UserError
-from glmft.loggers import reachable
+from glmft.loggers import connects, reachable
 
 HF, MODELSCOPE = "https://huggingface.co", "https://www.modelscope.cn"
 
@@ -22,13 +21,13 @@ def check_data(names: Sequence[str]) -> Iterator[Finding]:
     found = [str(p) for p in (Path(REGISTRY), Path("data") / REGISTRY) if p.is_file()]
     packaged = Text("none here; the packaged examples are found", "此处没有；自带示例可用")
     assert (PACKAGED / REGISTRY).is_file()
-    yield Finding(name, True if found else None, Text(*[", ".join(found)] * 2) if found else packaged)
+    yield Finding(name, True if found else None, both(", ".join(found)) if found else packaged)
     for data_set in names:
         try:
             entry = find_dataset(data_set)
-            yield Finding(name, True, Text(*[f"{data_set}: {entry.file}"] * 2))
+            yield Finding(name, True, both(f"{data_set}: {entry.file}"))
         except UserError as e:
-            yield Finding(name, False, Text(str(e), str(e)))
+            yield Finding(name, False, both(str(e)))
 
 
 def check_hub(needed: bool) -> Iterator[Finding]:
@@ -54,28 +53,17 @@ def check_hub(needed: bool) -> Iterator[Finding]:
     )
 
 
-def connects(url: str, seconds: float = 3.0) -> bool:
-    """A TCP connection can be opened."""
-    parts = urlparse(url)
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    try:
-        socket.create_connection((parts.hostname or "", port), timeout=seconds).close()
-    except OSError:
-        return False
-    return True
-
-
 def check_wandb() -> Iterator[Finding]:
     """Online with a key, else offline, which needs nothing."""
-    name = Text("W&B", "W&B")
+    name = both("W&B")
     if reachable():
         yield Finding(name, True, Text("key found, server answers", "有密钥，服务器可访问"))
     else:
         says = Text("no key or no server: logger=wandb logs offline", "没有密钥或无法访问：logger=wandb 离线记录")
-        yield Finding(name, None, says, Text("wandb login", "wandb login"))
+        yield Finding(name, None, says, both("wandb login"))
 
 
 def check_completion() -> Iterator[Finding]:
     """The line that turns tab completion on."""
     line = 'eval "$(glmft --completion)"'
-    yield Finding(Text("tab completion", "Tab 补全"), None, Text(line, line))
+    yield Finding(Text("tab completion", "Tab 补全"), None, both(line))

@@ -105,7 +105,7 @@ class InstructionData(L.LightningDataModule):
         tokens_per_step: tokens of an optimizer step, over all devices and micro-batches, which decides the result.
         num_workers: loader processes.
         replay: "self" mixes in the base model's own answers to packaged prompts, against forgetting; train.py has
-            them made before the data is read (`glmft.replay`).
+            them made before the data is read (`glmft.data.replay`).
         replay_share: of all training records, and at least 64 records.
         seed: of the validation split and of the order of each epoch.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 PAYS_FROM = 2_000_000
 """Tokens of a run from which compiling is worth its start: about 30 s against 25 microseconds a token on an H100."""
@@ -26,10 +26,8 @@ class _Switch:
         self.plain, self.compiled = plain, torch.compile(plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        packed = kwargs.get("cu_seq_lens_q") is not None and torch.is_grad_enabled()
-        return (self.compiled if packed else self.plain)(*args, **kwargs)
-
-
-def allow_any_length(cu_seqlens: Tensor) -> None:
-    """The number of documents differs from row to row: one graph serves all."""
-    torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # type: ignore[attr-defined]
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is None or not torch.is_grad_enabled():
+            return self.plain(*args, **kwargs)
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # type: ignore[attr-defined]  # one graph for any number
+        return self.compiled(*args, **kwargs)

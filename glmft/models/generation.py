@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,17 @@ from torch import nn
 
 from glmft.messages import Conversation, Message
 from glmft.models.tokenizer import ChatGLM3Tokenizer
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and as it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.inference_mode()
@@ -52,14 +64,10 @@ def answer(
     prompts = [tokenizer.encode_prompt(c.prompt if isinstance(c, Conversation) else c) for c in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             replies = generate_ids(model, [prompts[i] for i in batch], tokenizer, max_new_tokens)
             for i, reply in zip(batch, replies, strict=True):
                 answers[i] = tokenizer.parse_reply(reply).content
-    finally:
-        model.train(was_training)
     return answers

@@ -16,6 +16,11 @@ _FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 PACKAGED = Path(__file__).resolve().parent.parent / "assets"
 
 
+def is_hub_id(path: str) -> bool:
+    """`owner/name`, which a hub can be asked for."""
+    return bool(_HUB_ID.match(path))
+
+
 def find_local(path: str) -> Path | None:
     """The folder meant by `path`: as given, under ./models, or among the packaged models; None if there is none."""
     given = Path(path).expanduser()
@@ -37,9 +42,9 @@ def missing_locally(path: str, source: Source, revision: str | None) -> str | No
     """Why a run could not start without a download, or None where a folder is there."""
     if source in ("auto", "local") and find_local(path):
         return None
-    if source == "local" or not _HUB_ID.match(path):
+    if source == "local" or not is_hub_id(path):
         tried = ", ".join(str(p) for p in (Path(path), Path("models") / Path(path).name))
-        hint = f"; to fetch it:\n{download_commands(path, revision)}" if _HUB_ID.match(path) else ""
+        hint = f"; to fetch it:\n{download_commands(path, revision)}" if is_hub_id(path) else ""
         return f"model.path={path}: no model folder there (tried {tried}){hint}"
     return f"model.path={path}: not on this machine; to fetch it:\n{download_commands(path, revision)}"
 
@@ -56,7 +61,7 @@ def fetch(path: str, source: Source = "auto", revision: str | None = None) -> Pa
     """
     if source in ("auto", "local") and (folder := find_local(path)):
         return folder
-    if source == "local" or not _HUB_ID.match(path):
+    if source == "local" or not is_hub_id(path):
         raise UserError(missing_locally(path, source, revision) or "")
     if source == "modelscope" or (source == "auto" and os.environ.get("USE_MODELSCOPE_HUB") == "1"):
         return _from_modelscope(path, revision)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
+from torch import nn
 from transformers import GlmForCausalLM
 from transformers.utils import logging as hf_logging
 
@@ -126,3 +128,8 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bar:
             hf_logging.enable_progress_bar()
+
+
+def glm(model: nn.Module) -> Any:
+    """The GlmForCausalLM inside, with or without PEFT around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

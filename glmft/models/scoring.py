@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glmft.models.generation import evaluating
+from glmft.models.loading import glm
+
 Pair = tuple[Sequence[int], Sequence[int]]
 """(prompt ids, answer ids)."""
 
@@ -43,19 +46,15 @@ class Scores:
 @torch.inference_mode()
 def score_answers(model: Any, pairs: Sequence[Pair], pad_id: int, tokens_per_batch: int = 8192) -> Scores:
     """Teacher-forced losses of the answers, those of similar length sharing a batch (padded on the right)."""
-    was_training = model.training
-    model.eval()
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]), reverse=True)
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    try:
+    with evaluating(model):
         while order:
             longest = len(pairs[order[0]][0]) + len(pairs[order[0]][1])
             size = max(1, tokens_per_batch // longest)
             batch, order = order[:size], order[size:]
             for i, result in zip(batch, _score(model, [pairs[i] for i in batch], pad_id), strict=True):
                 found[i] = result
-    finally:
-        model.train(was_training)
     results = [found[i] for i in range(len(pairs))]
     none = np.zeros(0)
     return Scores(
@@ -72,14 +71,14 @@ def _score(model: Any, pairs: Sequence[Pair], pad_id: int) -> list[tuple[np.ndar
     width = max(map(len, rows))
     ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    glm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden: Tensor = glm.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    inner = glm(model)
+    hidden: Tensor = inner.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     results = []
     for row, (prompt, answer) in enumerate(pairs):
         span = slice(len(prompt) - 1, len(prompt) - 1 + len(answer))
         losses, choices = [], []
         for h, t in zip(hidden[row, span].split(1024), torch.tensor(answer, device=device).split(1024), strict=True):
-            logits = F.linear(h, glm.lm_head.weight).float()
+            logits = F.linear(h, inner.lm_head.weight).float()
             losses.append(F.cross_entropy(logits, t, reduction="none"))
             choices.append(logits.argmax(-1))
         results.append((torch.cat(losses).cpu().numpy(), torch.cat(choices).cpu().numpy()))

@@ -96,6 +96,10 @@ class ChatGLM3Tokenizer:
             ids += [self.control_ids[f"<|{turn.role}|>"], *self._encode_body(turn)]
         return [*ids, self.control_ids["<|assistant|>"]]
 
+    def encode_answer(self, turn: Message) -> list[int]:
+        """Ids of an assistant's turn that ends a conversation: what `encode_prompt` asks for."""
+        return [*self._encode_body(turn), self.eos_id]
+
     def parse_reply(self, ids: Sequence[int]) -> Message:
         """A raw reply (without or with its stop token): its first line is the metadata, the rest the content."""
         body = [i for i in ids if i not in self.stop_ids]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from glmft.models.published import PublishedConfig
@@ -58,8 +57,3 @@ def _remove(folder: Path) -> None:
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
-
-
-def glm(model: nn.Module) -> Any:
-    """The GlmForCausalLM inside, with or without PEFT around it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from glmft.models.loading import glm
 from glmft.models.published import PublishedConfig
 from glmft.schema import Positive
-from glmft.strategies.base import Strategy, glm
+from glmft.strategies.base import Strategy
 
 
 class Freeze(Strategy):

@@ -9,8 +9,8 @@ from glmft.kernels import compiling
 from glmft.kernels.attention import packed_attention, packed_attention_reference
 from glmft.kernels.loss import cross_entropy_sum, cross_entropy_sum_reference
 from glmft.models import load_model
+from glmft.models.loading import glm
 from glmft.module import FineTuner
-from glmft.strategies.base import glm
 from glmft.strategies.lora import LoRA
 
 
