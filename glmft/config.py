@@ -29,7 +29,7 @@ from glmft.errors import DamagedError, GlmftError, ProblemList, nearest
 from glmft.recipes import conf_dir, user_dirs
 
 IDENTITY = ("model", "strategy", "data", "optimizer", "scheduler", "seed")
-FREE_DATA_KEYS = ("num_workers", "tokens_per_batch")
+FREE_DATA_KEYS = ("num_workers", "tokens_per_batch", "cache")
 IDENTITY_OF_TRAINER = ("precision", "gradient_clip_val")
 SECTIONS = ("run", "resume", "paths", "trainer")
 OTHER_NAMES = {  # names that people know from LLaMA-Factory, and keys that were renamed (for one minor version)
@@ -45,6 +45,10 @@ OTHER_NAMES = {  # names that people know from LLaMA-Factory, and keys that were
     "val_size": "data.val_fraction",
     "cutoff_len": "data.max_length",
     "max_samples": "data.max_samples",
+    "mix_strategy": "data.mix",
+    "interleave_probs": "data.mix_weights",
+    "train_on_prompt": "data.train_on_prompt",
+    "mask_history": "data.mask_history",
     "packing": "data.packing",
     "learning_rate": "optimizer.lr",
     "weight_decay": "optimizer.weight_decay",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class GlmftError(Exception):
@@ -31,13 +31,23 @@ class ResourceError(GlmftError):
 
 
 class ProblemList(UserError):
-    """Several problems that are reported together, so that one run shows them all."""
+    """Several problems that are reported together, so that one run shows them all.
 
-    def __init__(self, title: str, problems: Sequence[str], shown: int = 20) -> None:
-        self.problems = list(problems)
-        lines = [f"  - {p}" for p in self.problems[:shown]]
-        if len(self.problems) > shown:
-            lines.append(f"  ... and {len(self.problems) - shown} more")
+    Args:
+        title: what they are problems of.
+        problems: the messages, or as many of them as were kept.
+        kinds: how many there are of each kind, where not all messages were kept.
+    """
+
+    SHOWN = 20
+
+    def __init__(self, title: str, problems: Sequence[str], kinds: Mapping[str, int] | None = None) -> None:
+        self.problems, self.kinds = list(problems), dict(kinds or {})
+        lines = [f"  - {p}" for p in self.problems[: self.SHOWN]]
+        total = sum(self.kinds.values()) or len(self.problems)
+        if total > self.SHOWN:
+            by_kind = ", ".join(f"{n} {kind}" for kind, n in sorted(self.kinds.items(), key=lambda k: -k[1]))
+            lines.append(f"  ... and {total - self.SHOWN} more" + (f"; in all: {by_kind}" if by_kind else ""))
         super().__init__("\n".join([title, *lines]))
 
 

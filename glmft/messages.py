@@ -13,21 +13,31 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `metadata` is the tool's name of an assistant call; `tools` belong to a system message."""
+    """One turn.
+
+    `metadata` is the tool's name of an assistant call; `tools` belong to a system message; `learn` says whether the
+    turn is trained on (None: the assistant's turns are).
+    """
 
     role: Role
     content: str
     metadata: str = ""
     tools: Any = None
+    learn: bool | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role is {self.role!r}, allowed are {', '.join(ROLES)}")
 
+    @property
+    def learns(self) -> bool:
+        """Whether the turn is trained on."""
+        return self.role == "assistant" if self.learn is None else self.learn
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order. `source` says where they came from: `file.json record 7`."""
+    """Messages in order. `source` says where they came from: `file.json: record 7`."""
 
     messages: tuple[Message, ...]
     source: str = ""
@@ -45,19 +55,27 @@ class Conversation:
 
 @dataclass(slots=True)
 class Sample:
-    """Token ids and labels of one conversation, both of length T. `labels` is -100 where not supervised."""
+    """Token ids of one conversation, length T, and the spans [start, end) of them that are trained on, in order."""
 
     input_ids: list[int]
-    labels: list[int]
+    supervised: list[tuple[int, int]]
     source: str = field(default="", compare=False)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
+    def labels(self) -> list[int]:
+        """The ids where they are trained on, else -100; length T."""
+        labels = [IGNORE_INDEX] * len(self.input_ids)
+        for start, end in self.supervised:
+            labels[start:end] = self.input_ids[start:end]
+        return labels
+
+    @property
     def num_supervised(self) -> int:
         """Tokens that are predicted in training (the first token of a sample has no prediction)."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        return sum(end - max(start, 1) for start, end in self.supervised)
 
 
 def as_messages(messages: Conversation | Sequence[Message | dict[str, Any]]) -> tuple[Message, ...]:

@@ -83,7 +83,7 @@ class FineTuner(L.LightningModule):
         self.network: Any = None
         self.step_metrics: dict[str, float] | None = None
         self._step_loss: Tensor | float = 0.0
-        self._val_sums: Tensor | None = None
+        self._val_sums: dict[int, Tensor] = {}  # validation set -> [loss, supervised tokens]
 
     # ---- the model
 
@@ -158,15 +158,21 @@ class FineTuner(L.LightningModule):
         self.step_metrics = None
         torch.manual_seed(hash((self.seed, batch.epoch, batch.index)) % 2**63)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         sums = torch.stack([self.loss_sum(batch).double(), batch.targets.new_tensor(batch.targets.numel()).double()])
-        self._val_sums = sums if self._val_sums is None else self._val_sums + sums
+        seen = self._val_sums.get(dataloader_idx)
+        self._val_sums[dataloader_idx] = sums if seen is None else seen + sums
 
     def on_validation_epoch_end(self) -> None:
-        assert self._val_sums is not None
-        loss, tokens = self._gathered(self._val_sums).reshape(-1, 2).sum(0)
-        self.log("val/loss", (loss / tokens).float(), rank_zero_only=True)
-        self._val_sums = None
+        """`val/loss` over all validation sets, and `val/<set>/loss` of each where there are several."""
+        names = self.trainer.datamodule.val_sets  # type: ignore[attr-defined]
+        sums = self._gathered(torch.stack([self._val_sums[i] for i in range(len(names))]))
+        sums = sums.reshape(-1, len(names), 2).sum(0)
+        losses = {f"val/{name}/loss": loss / tokens for name, (loss, tokens) in zip(names, sums, strict=True)}
+        total = {"val/loss": sums[:, 0].sum() / sums[:, 1].sum()}
+        values = {k: v.float() for k, v in (losses | total if len(names) > 1 else total).items()}
+        self.log_dict(values, rank_zero_only=True)
+        self._val_sums = {}
 
     # ---- the optimizer
 

@@ -178,7 +178,7 @@ def _() -> None:
     from glmft.messages import Sample
     from glmft.models.tokenizer import ChatGLM3Tokenizer
 
-    after(ChatGLM3Tokenizer, "encode_conversation", lambda s: Sample(s.input_ids, s.input_ids, s.source))
+    after(ChatGLM3Tokenizer, "encode_conversation", lambda s: Sample(s.input_ids, [(0, len(s))], s.source))
 
 
 @sabotage("a cut answer teaches the end", "data/test_corpus.py::test_length_policies")

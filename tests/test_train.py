@@ -244,3 +244,20 @@ def test_real_vocabulary(train):
     save_model(GlmForCausalLM(glm_config(PublishedConfig(1, 65024, 64, 64, 32, 2, 2, 2048))), "m", tokenizer=tokenizer)
     result = train("experiment=lora_alpaca_zh", *FAST, "model.path=m", f"data.dir={reference('data')}")
     assert result.code == 0, result.err
+
+
+@pytest.mark.share("data")
+def test_each_validation_set_has_a_loss_of_its_own(train):
+    sets = ("data.val_datasets=[tiny_identity_rephrased,tiny_other]", "data.max_samples=40", "data.val_fraction=0.2")
+    result = train("run.name=a", *FAST, *sets, "data.mix=interleave", "data.mix_weights=[0.75,0.25]")
+    assert result.code == 0, result.err
+    assert "sets" in result.out
+    rows = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
+    counts = {k: v for k, v in rows[0].items() if k.endswith("/samples")}
+    assert set(counts) == {"data/tiny_identity/samples", "data/tiny_keep/samples"}
+    assert 0.6 < counts["data/tiny_identity/samples"] / sum(counts.values()) < 0.9
+    losses = next(r for r in rows if "val/loss" in r)
+    names = {"val/held_out/loss", "val/tiny_identity_rephrased/loss", "val/tiny_other/loss"}
+    assert {k for k in losses if k.startswith("val/")} == {"val/loss", *names}
+    single = sorted(losses[n] for n in names)
+    assert single[0] < losses["val/loss"] < single[-1]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from glmft.files import read_json
-from glmft.messages import IGNORE_INDEX, Conversation, Message, Sample
+from glmft.messages import Conversation, Message, Sample
 from glmft.models import load_model, load_tokenizer
 from glmft.models.generation import generate_ids
 from glmft.models.scoring import Scores, score_answers
@@ -90,12 +90,12 @@ def test_a_zero_adapter_is_named(verdict):
 
 @seeds
 def test_another_layout_in_training_is_named(verdict, monkeypatch, seed):
-    def chatglm2(self: ChatGLM3Tokenizer, conversation: Conversation) -> Sample:
+    def chatglm2(self: ChatGLM3Tokenizer, conversation: Conversation, contents: object) -> Sample:
         ids = self.encode(f"[Round 1]\n\n问：{conversation.prompt[-1].content}\n\n答：")
         answer = [*self.encode(conversation.answer), self.eos_id]
-        return Sample(ids + answer, [IGNORE_INDEX] * len(ids) + answer, conversation.source)
+        return Sample(ids + answer, [(len(ids), len(ids) + len(answer))], conversation.source)
 
-    monkeypatch.setattr(ChatGLM3Tokenizer, "encode_conversation", chatglm2)
+    monkeypatch.setattr(ChatGLM3Tokenizer, "_assemble", chatglm2)
     found, out = verdict(*FIVE, "data.max_samples=6", f"seed={seed}", "trainer.max_epochs=20")
     assert found["learned"] != "yes" or found["kept"] != "yes"
     assert "another layout than prompts" in out

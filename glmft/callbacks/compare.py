@@ -54,7 +54,8 @@ class Compare(L.Callback):
             return
         for name in self.datasets:
             spec = CorpusSpec.of(tuner.folder, datasets=[name], dir=self.dir, fill=self.fill)
-            conversations = prepare(spec).conversations[: self.max_records]
+            corpus = prepare(spec)
+            conversations = corpus.conversations(corpus.own, range(min(len(corpus.own), self.max_records)))
             with tuner.tuning.base_model(tuner.network) as base:
                 if base is None:  # the strategy changed the base itself
                     return

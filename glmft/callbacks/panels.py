@@ -50,6 +50,9 @@ class Panels(L.Callback):
             )
 
 
+NOTED = ("split", "replayed", "duplicates", "overlap", "damaged")  # counts that are shown where they are not 0
+
+
 def start_rows(trainer: L.Trainer, tuner: FineTuner, data: InstructionData) -> dict[str, str]:
     """What the start panel says."""
     report = data.corpus.report()
@@ -58,12 +61,14 @@ def start_rows(trainer: L.Trainer, tuner: FineTuner, data: InstructionData) -> d
     total = sum(p.numel() for p in tuner.parameters())
     dropped = ", ".join(f"{n} {why}" for why, n in report["dropped"].items()) or "none"
     steps = total_steps(trainer)
+    sets = ", ".join(f"{name} {of['samples']} ({of['tokens']:,} tokens)" for name, of in report["sets"].items())
     resumed = f", continued from step {trainer.global_step}" if trainer.global_step else ""
     return {
         "model": f"{tuner.folder}  {trainer.precision} on {trainer.strategy.root_device}",
         "strategy": f"{type(tuner.tuning).__name__}, {trained:,} of {total:,} parameters learn ({trained / total:.2%})",
         "records": f"{report['train']} to train, {report['validation']} to validate; dropped: {dropped}; "
-        f"cut: {report['truncated']}" + (f"; replayed: {report['replayed']}" if report["replayed"] else ""),
+        f"cut: {report['truncated']}" + "".join(f"; {k}: {report[k]}" for k in NOTED if report[k]),
+        "sets": sets,
         "tokens": f"{report['tokens']:,} an epoch, {report['supervised_tokens']:,} supervised, "
         f"longest record {report['longest']}",
         "steps": f"{steps} ({plan.steps_per_epoch} an epoch), {data.tokens_per_step} tokens a step, "

@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-TRAIN, SMOOTH, VALIDATION = "#b9cbe4", "#1f5fae", "#d2691e"
+TRAIN, SMOOTH = "#b9cbe4", "#1f5fae"
+VALIDATION = ("#d2691e", "#2e8b57", "#8b5a9f", "#b8860b", "#c0504d", "#4f6d7a")  # of one set after the other
 
 
 def smooth(values: list[float], weight: float = 0.9) -> list[float]:
@@ -21,21 +22,24 @@ def smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def plot_losses(rows: list[dict[str, Any]], file: Path) -> None:
-    """Training loss raw and smoothed, validation loss as points, over optimizer steps."""
+    """Training loss raw and smoothed, the loss of each validation set as points, over optimizer steps."""
     train = [(r["step"], r["train/loss"]) for r in rows if "train/loss" in r]
-    val = [(r["step"], r["val/loss"]) for r in rows if "val/loss" in r]
+    names = dict.fromkeys(k for r in rows for k in r if k.startswith("val/"))
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color=TRAIN, linewidth=1, label="train")
         axes.plot(steps, smooth(list(losses)), color=SMOOTH, linewidth=2, label="train, smoothed")
-    if val:
-        axes.plot(*zip(*val, strict=True), color=VALIDATION, marker="o", linewidth=1.5, label="validation")
+    for i, name in enumerate(names):
+        label = name.removeprefix("val/").removesuffix("loss").rstrip("/")
+        val = zip(*[(r["step"], r[name]) for r in rows if name in r], strict=True)
+        color = VALIDATION[i % len(VALIDATION)]
+        axes.plot(*val, color=color, marker="o", linewidth=1.5, label=f"validation {label}".rstrip())
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per supervised token)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if train or val:
+    if train or names:
         axes.legend(frameon=False)
     FigureCanvasAgg(figure).print_png(str(file))

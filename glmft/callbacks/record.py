@@ -56,6 +56,16 @@ class RunRecord(L.Callback):
         self.began = time.time() - max((r["time"] for r in rows), default=0.0)
         self.best = min((r["val/loss"] for r in rows if "val/loss" in r), default=None)
         self._write_status(trainer, "running")
+        if trainer.global_step == 0:
+            self._record_sets(trainer)
+
+    def _record_sets(self, trainer: L.Trainer) -> None:
+        """How much of each data set is trained on, here and in the loggers."""
+        sets = trainer.datamodule.corpus.per_set  # type: ignore[attr-defined]
+        counts = {f"data/{name}/{k}": float(n) for name, of in sets.items() for k, n in of.items()}
+        self._row(trainer, counts)
+        for logger in trainer.loggers:
+            logger.log_metrics(counts, step=0)
 
     def on_train_batch_start(self, trainer: L.Trainer, tuner: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         self._step_began = time.perf_counter()
@@ -82,12 +92,11 @@ class RunRecord(L.Callback):
         self._write_status(trainer, "validating")
 
     def on_validation_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
-        value = trainer.callback_metrics.get("val/loss")
-        if trainer.sanity_checking or value is None:
+        losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if trainer.sanity_checking or not losses:
             return
-        loss = float(value)
-        self.best = loss if self.best is None else min(self.best, loss)
-        self._row(trainer, {"val/loss": loss})
+        self.best = min(losses["val/loss"], losses["val/loss"] if self.best is None else self.best)
+        self._row(trainer, losses)
         self._write_status(trainer, "running")
 
     # ---- the end

@@ -13,7 +13,10 @@ import lightning as L
 import numpy as np
 
 from glmft.callbacks import find_callback
+from glmft.data.corpus import Corpus
 from glmft.data.datamodule import InstructionData
+from glmft.data.encoding import digest
+from glmft.data.mixing import Samples
 from glmft.files import read_json, write_json
 from glmft.loggers import log_rows
 from glmft.messages import Conversation, Message
@@ -114,8 +117,9 @@ class GiveVerdict(L.Callback):
         assert isinstance(data, InstructionData)
         self._data = data
         rng = random.Random("verdict")
-        sets = {"training": data.corpus.conversations, "validation": data.corpus.val_conversations}
-        chosen = {k: rng.sample(v, min(len(v), self.max_records)) for k, v in sets.items()}
+        corpus = data.corpus
+        chosen = {"training": self._sampled(corpus, [corpus.own], rng)}
+        chosen["validation"] = self._sampled(corpus, list(corpus.validation.values()), rng)
         pairs = {k: [as_pair(tuner.tokenizer, c) for c in v] for k, v in chosen.items() if v}
         longest = data.max_length
         self._sets = {k: kept for k, v in pairs.items() if (kept := [p for p in v if len(p[0]) + len(p[1]) <= longest])}
@@ -127,10 +131,24 @@ class GiveVerdict(L.Callback):
         trained = data.corpus.train
         first = [trained[i][0].tolist() for i in range(min(8, len(trained)))]
         self._other_layout = not all(starts_alike(tuner.tokenizer, ids) for ids in first)
-        seen = {c.prompt[-1].content for c in data.corpus.conversations}
-        self._general = [p for p in read_json(self.general_file) if p["prompt"] not in seen]
-        self._asked = [tuner.tokenizer.encode_prompt([Message("user", p["prompt"])]) for p in self._general]
+        seen = set(corpus.own.hashes(of_prompts=True).tolist())
+        general = [
+            (p, tuner.tokenizer.encode_prompt([Message("user", p["prompt"])])) for p in read_json(self.general_file)
+        ]
+        general = [(p, ids) for p, ids in general if digest(np.asarray(ids, np.int32).tobytes()) not in seen]
+        self._general, self._asked = [p for p, _ in general], [ids for _, ids in general]
         return self._sets
+
+    def _sampled(self, corpus: Corpus, sets: Sequence[Samples], rng: random.Random) -> list[Conversation]:
+        total = sum(map(len, sets))
+        chosen = sorted(rng.sample(range(total), min(total, self.max_records)))
+        found: list[Conversation] = []
+        start = 0
+        for samples in sets:
+            inside = [i - start for i in chosen if start <= i < start + len(samples)]
+            found += corpus.conversations(samples, inside)
+            start += len(samples)
+        return found
 
     def _judge(self, trainer: L.Trainer, tuner: FineTuner) -> Verdict:
         with tuner.tuning.base_model(tuner.network) as shown:

@@ -25,7 +25,7 @@ def check_data(names: Sequence[str]) -> Iterator[Finding]:
     for data_set in names:
         try:
             entry = find_dataset(data_set)
-            yield Finding(name, True, both(f"{data_set}: {entry.file}"))
+            yield Finding(name, True, both(f"{data_set}: {', '.join(map(str, entry.files[:3]))}"))
         except UserError as e:
             yield Finding(name, False, both(str(e)))
 

@@ -1,4 +1,4 @@
-"""From data set names to encoded samples: read, convert, encode, apply the length policy, count what was dropped.
+"""From data set names to the samples of a run: prepared sets, mixed, split, and the counts that are shown.
 
 Needs SentencePiece and NumPy only: a run's data is checked before torch is imported.
 """
@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from glmft.data.formats import FORMATS, RecordError
-from glmft.data.reading import read_records
+from glmft.data.encoding import CUT, DAMAGE, SPLIT, OnBadRecord, OnTooLong, Policies
+from glmft.data.mixing import Mix, Samples, Until, choose, interleave, weights_of
+from glmft.data.preparation import PreparedSet, dropped, prepare_set
 from glmft.data.registry import DatasetEntry, direct_file, find_datasets
 from glmft.errors import ProblemList, UserError
-from glmft.messages import IGNORE_INDEX, Conversation, Sample
-from glmft.models.tokenizer import ChatGLM3Tokenizer, load_tokenizer
+from glmft.messages import Conversation
 
 LEAST_REPLAYED = 64  # records
-OnTooLong = Literal["truncate", "drop", "error"]
-OnBadRecord = Literal["error", "drop"]
+HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,20 @@ class CorpusSpec:
     dir: str | None = None
     val_datasets: tuple[str, ...] = ()
     val_fraction: float = 0.0
+    mix: Mix = "concat"
+    mix_weights: Any = None
+    mix_until: Until = "first_exhausted"
     max_length: int = 2048
     on_too_long: OnTooLong = "truncate"
     on_bad_record: OnBadRecord = "error"
-    max_samples: int | None = None
+    train_on_prompt: bool = False
+    mask_history: bool = False
+    max_samples: Any = None
     fill: tuple[tuple[str, str], ...] = ()
     replay: str | None = None
     replay_share: float = 0.0
     seed: int = 0
+    cache: bool = True
 
     @classmethod
     def of(cls, model_folder: Path, **options: Any) -> CorpusSpec:
@@ -57,133 +62,69 @@ class CorpusSpec:
         frozen = {k: _freeze(v) for k, v in options.items() if k in names and v is not None}
         return cls(tokenizer=str(model_folder / "tokenizer.model"), **frozen)
 
+    @property
+    def policies(self) -> Policies:
+        """What is done with the records."""
+        return Policies(**{f.name: getattr(self, f.name) for f in fields(Policies)})
+
 
 def _freeze(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tuple(sorted((k, str(v)) for k, v in value.items()))
-    return tuple(value) if isinstance(value, list) else value
-
-
-@dataclass
-class SampleStore:
-    """Samples as flat arrays: ids [tokens] int32, supervised [tokens] bool, offsets [samples + 1] int64."""
-
-    ids: np.ndarray
-    supervised: np.ndarray
-    offsets: np.ndarray
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample]) -> SampleStore:
-        """Packs samples into the three arrays."""
-        lengths = [len(s) for s in samples]
-        ids = np.fromiter((i for s in samples for i in s.input_ids), np.int32, sum(lengths))
-        supervised = np.fromiter((y != IGNORE_INDEX for s in samples for y in s.labels), np.bool_, sum(lengths))
-        return cls(ids, supervised, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [T], supervised [T]) of sample i."""
-        span = slice(self.offsets[i], self.offsets[i + 1])
-        return self.ids[span], self.supervised[span]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sample."""
-        return np.diff(self.offsets)
-
-    @property
-    def num_supervised(self) -> np.ndarray:
-        """Predicted tokens of each sample (its first token is never predicted)."""
-        sums = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
-        return sums[self.offsets[1:]] - sums[self.offsets[:-1]] - self.supervised[self.offsets[:-1]]
+    if isinstance(value, Mapping):
+        return tuple(sorted((str(k), str(v)) for k, v in value.items()))
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 @dataclass
 class Corpus:
-    """Everything a run learns from, and the counts that are shown before it starts.
+    """Everything a run learns from and is validated on.
 
-    `conversations` are the user's own records; `train` holds replayed ones behind them.
+    `train` holds the user's own samples, then replayed ones; `validation` holds each set by name.
     """
 
-    train: SampleStore
-    validation: SampleStore
-    conversations: list[Conversation]
-    val_conversations: list[Conversation]
-    counts: Counter[str] = field(default_factory=Counter)
+    sets: list[PreparedSet]
+    train: Samples
+    validation: dict[str, Samples]
+    replayed: int = 0
+    per_set: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @cached_property
+    def own(self) -> Samples:
+        """The training samples without replayed ones."""
+        return self.train.take(np.arange(len(self.train) - self.replayed))
+
+    def conversations(self, samples: Samples, chosen: Sequence[int]) -> list[Conversation]:
+        """The conversations of some samples, by position; read again from the data files."""
+        by_store = {id(s.store): s for s in self.sets}
+        found: dict[int, Conversation] = {}
+        for part, store in enumerate(samples.stores):
+            mine = [i for i in chosen if samples.part[i] == part]
+            if mine:
+                read = by_store[id(store)].conversations(samples.index[i] for i in mine)
+                found |= dict(zip(mine, read, strict=True))
+        return [found[i] for i in chosen]
 
     def report(self) -> dict[str, Any]:
         """Numbers for the start panel and the run record."""
+        reports = [s.report for s in self.sets]
+        events = _sum(r["events"] for r in reports)
+        hashes = self.own.distinct().hashes()
+        held = [np.unique(s.hashes()) for s in self.validation.values()]
         return {
-            "records": self.counts["records"],
+            "records": sum(r["records"] for r in reports),
             "train": len(self.train),
-            "validation": len(self.validation),
-            "dropped": {k.removeprefix("dropped: "): v for k, v in self.counts.items() if k.startswith("dropped: ")},
-            "truncated": self.counts["truncated"],
-            "replayed": self.counts["replayed"],
-            "tokens": int(self.train.offsets[-1]),
+            "validation": sum(map(len, self.validation.values())),
+            "dropped": dict(_sum(map(dropped, reports))),
+            "truncated": events[CUT],
+            "split": events[SPLIT],
+            "damaged": sum(events[k] for k in DAMAGE),
+            "duplicates": len(hashes) - len(np.unique(hashes)),
+            "overlap": int(sum(np.isin(h, hashes).sum() for h in held)),
+            "replayed": self.replayed,
+            "tokens": int(self.train.lengths.sum()),
             "supervised_tokens": int(self.train.num_supervised.sum()),
             "longest": int(self.train.lengths.max()),
+            "sets": self.per_set,
         }
-
-
-def read_conversations(
-    entry: DatasetEntry, fill: Mapping[str, str], on_bad_record: OnBadRecord, counts: Counter[str]
-) -> list[Conversation]:
-    """All conversations of a data set.
-
-    Raises:
-        UserError: the file cannot be read.
-        ProblemList: records that cannot be used, unless `on_bad_record` is "drop".
-    """
-    convert = FORMATS[entry.formatting]
-    conversations, problems = [], []
-    for number, record in enumerate(read_records(entry.file), start=1):
-        counts["records"] += 1
-        try:
-            filled = {k: _fill(v, fill) for k, v in record.items()}
-            conversations.append(convert(filled, entry.columns, f"{entry.file} record {number}"))
-        except RecordError as e:
-            problems.append(f"{entry.file}: record {number}: {e}")
-    if problems and on_bad_record == "error":
-        title = (
-            f"{len(problems)} of {counts['records']} records cannot be used (data.on_bad_record=drop leaves them out)"
-        )
-        raise ProblemList(title, problems)
-    if problems:
-        counts["dropped: bad record"] += len(problems)
-    return conversations
-
-
-def _fill(value: Any, fill: Mapping[str, str]) -> Any:
-    if isinstance(value, str) and "{{" in value:
-        for name, text in fill.items():
-            value = value.replace("{{" + name + "}}", text)
-    return value
-
-
-def limit_length(sample: Sample, max_length: int, policy: OnTooLong, counts: Counter[str]) -> Sample | None:
-    """The sample within `max_length` tokens, or None where it is dropped. A cut answer never ends with </s>.
-
-    Raises:
-        UserError: it is too long and the policy is "error".
-    """
-    if len(sample) > max_length:
-        if policy == "error":
-            raise UserError(
-                f"{sample.source}: {len(sample)} tokens, data.max_length={max_length}; "
-                "raise it, or choose data.on_too_long=truncate|drop"
-            )
-        if policy == "drop":
-            counts["dropped: too long"] += 1
-            return None
-        sample = Sample(sample.input_ids[:max_length], sample.labels[:max_length], sample.source)
-        if sample.num_supervised == 0:
-            counts["dropped: nothing left to learn within max_length"] += 1
-            return None
-        counts["truncated"] += 1
-    return sample
 
 
 def split_validation(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -195,12 +136,48 @@ def split_validation(n: int, fraction: float, seed: int) -> tuple[list[int], lis
 
 @lru_cache(maxsize=2)
 def prepare(spec: CorpusSpec) -> Corpus:
-    """Reads, encodes and splits all data sets of a run.
+    """Reads, encodes, mixes and splits all data sets of a run.
 
     Raises:
         UserError: a data set is missing or unreadable, or nothing is left to train on.
         ProblemList: several of these, or bad records.
     """
+    entries, val_entries = _find(spec)
+    weights = weights_of([e.name for e in entries], spec.mix_weights) if spec.mix == "interleave" else None
+    sets, val_sets = _prepare_all([*entries, *val_entries], spec, len(entries))
+    training = [_chosen(s, spec) for s in sets]
+    held: list[np.ndarray] = []
+    if spec.val_fraction:
+        training, held = _hold_out(training, spec)
+    if not any(map(len, training)):
+        raise UserError(f"data: no record is left to train on ({_why_none(sets, held)})")
+    if weights is not None:
+        if empty := [s.name for s, chosen in zip(sets, training, strict=True) if not len(chosen)]:
+            raise UserError(f"data.mix=interleave: no record of '{empty[0]}' is left to train on")
+        drawn = interleave([len(t) for t in training], weights, spec.mix_until, spec.seed)
+        training = [chosen[d] for chosen, d in zip(training, drawn, strict=True)]
+    stores = [s.store for s in sets]
+    per_set = {
+        s.name: {"samples": len(c), "tokens": int(s.store.lengths[c].sum())}
+        for s, c in zip(sets, training, strict=True)
+    }
+    own = sum(map(len, training))
+    all_sets = [*sets, *val_sets]
+    replayed = 0
+    if spec.replay is not None:
+        replay = prepare_set(
+            DatasetEntry("replay", (Path(spec.replay),)), Path(spec.tokenizer), spec.policies, cache=spec.cache
+        )
+        wanted = max(round(own * spec.replay_share / (1 - spec.replay_share)), LEAST_REPLAYED)
+        training.append(choose(len(replay.store), wanted, "replay", spec.seed))
+        stores.append(replay.store)
+        replayed = len(training[-1])
+    validation = {HELD_OUT: Samples.of([s.store for s in sets], held)} if held and any(map(len, held)) else {}
+    validation |= {s.name: Samples.of([s.store], [_chosen(s, spec)]) for s in val_sets if len(s.store)}
+    return Corpus(all_sets, Samples.of(stores, training), validation, replayed, per_set)
+
+
+def _find(spec: CorpusSpec) -> tuple[list[DatasetEntry], list[DatasetEntry]]:
     entries, problems = find_datasets(spec.datasets, spec.dir)
     val_entries, more = find_datasets(spec.val_datasets, spec.dir)
     problems += more
@@ -211,54 +188,71 @@ def prepare(spec: CorpusSpec) -> Corpus:
             problems.append(str(e))
     elif not spec.datasets:
         problems.append("data.datasets is empty and data.path is not given: there is nothing to train on")
+    for names in ([e.name for e in entries], [e.name for e in val_entries]):
+        if twice := [n for n, k in Counter(names).items() if k > 1]:
+            problems.append(f"data: '{twice[0]}' is named twice; data.mix=interleave can repeat a set")
     if problems:
         raise ProblemList("data", problems)
-    tokenizer = load_tokenizer(spec.tokenizer)
-    counts: Counter[str] = Counter()
-    conversations = _read_all(entries, spec, counts)
-    if spec.max_samples is not None:
-        conversations = conversations[: spec.max_samples]
-    samples = _encode(conversations, tokenizer, spec, counts)
-    val_samples = _encode(_read_all(val_entries, spec, counts), tokenizer, spec, counts)
-    train, held_out = split_validation(len(samples), spec.val_fraction, spec.seed)
-    pairs = [samples[i] for i in train]
-    val_pairs = [samples[i] for i in held_out] + val_samples
-    if not pairs:
-        dropped = ", ".join(f"{v} {k.removeprefix('dropped: ')}" for k, v in counts.items() if k.startswith("dropped"))
-        raise UserError(f"data: no record is left to train on ({dropped or f'{len(val_pairs)} for validation'})")
-    return Corpus(
-        SampleStore.of([s for _, s in pairs] + _replayed(len(pairs), tokenizer, spec, counts)),
-        SampleStore.of([s for _, s in val_pairs]),
-        [c for c, _ in pairs],
-        [c for c, _ in val_pairs],
-        counts,
-    )
+    return entries, val_entries
 
 
-def _replayed(own: int, tokenizer: ChatGLM3Tokenizer, spec: CorpusSpec, counts: Counter[str]) -> list[Sample]:
-    """Samples of the replay file, chosen by seed: the share, but a few records need more than their share."""
-    if spec.replay is None:
-        return []
-    records = read_conversations(DatasetEntry("replay", Path(spec.replay)), {}, "error", Counter())
-    wanted = max(round(own * spec.replay_share / (1 - spec.replay_share)), LEAST_REPLAYED)
-    chosen = random.Random(f"replay {spec.seed}").sample(records, min(wanted, len(records)))
-    samples = [s for _, s in _encode(chosen, tokenizer, spec, Counter())]
-    counts["replayed"] = len(samples)
-    return samples
+def _prepare_all(
+    entries: Sequence[DatasetEntry], spec: CorpusSpec, num_training: int
+) -> tuple[list[PreparedSet], list[PreparedSet]]:
+    """(training, validation) sets; what is wrong with any of them is reported together."""
+    prepared: list[PreparedSet] = []
+    errors: list[UserError] = []
+    for entry in entries:
+        try:
+            prepared.append(prepare_set(entry, Path(spec.tokenizer), spec.policies, cache=spec.cache))
+        except UserError as e:
+            errors.append(e)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ProblemList("data", [str(e) for e in errors])
+    return prepared[:num_training], prepared[num_training:]
 
 
-def _read_all(entries: Sequence[DatasetEntry], spec: CorpusSpec, counts: Counter[str]) -> list[Conversation]:
-    fill = dict(spec.fill)
-    return [c for e in entries for c in read_conversations(e, fill, spec.on_bad_record, counts)]
+def _chosen(prepared: PreparedSet, spec: CorpusSpec) -> np.ndarray:
+    """The samples of a set that are used: `num_samples` of the registry, then `max_samples`, each by seed.
+
+    Raises:
+        UserError: `num_samples` is more than there are, or `max_samples` names a set that is not used.
+    """
+    n, asked = len(prepared.store), prepared.entry.num_samples
+    if asked is not None and asked > prepared.report["records"]:
+        raise UserError(
+            f"'{prepared.name}': num_samples is {asked}, but there are {prepared.report['records']} records"
+        )
+    chosen = choose(n, asked, f"num_samples {prepared.name}", spec.seed)
+    limit = spec.max_samples
+    if isinstance(limit, tuple):
+        limits = {k: int(v) for k, v in limit}
+        if unknown := [k for k in limits if k not in (*spec.datasets, *spec.val_datasets)]:
+            raise UserError(f"data.max_samples: '{unknown[0]}' is none of the data sets")
+        limit = limits.get(prepared.name)
+    return chosen[choose(len(chosen), limit, prepared.name, spec.seed)]
 
 
-def _encode(
-    conversations: Sequence[Conversation], tokenizer: ChatGLM3Tokenizer, spec: CorpusSpec, counts: Counter[str]
-) -> list[tuple[Conversation, Sample]]:
-    pairs = []
-    for conversation in conversations:
-        sample = tokenizer.encode_conversation(conversation)
-        kept = limit_length(sample, spec.max_length, spec.on_too_long, counts)
-        if kept is not None:
-            pairs.append((conversation, kept))
-    return pairs
+def _hold_out(training: list[np.ndarray], spec: CorpusSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    total = sum(map(len, training))
+    train, held = split_validation(total, spec.val_fraction, spec.seed)
+    ends = np.cumsum([0, *map(len, training)])
+    pick = [
+        [part[chosen[(chosen >= a) & (chosen < b)] - a] for part, a, b in zip(training, ends, ends[1:], strict=False)]
+        for chosen in (np.asarray(train, np.int64), np.asarray(held, np.int64))
+    ]
+    return pick[0], pick[1]
+
+
+def _why_none(sets: Sequence[PreparedSet], held: Sequence[np.ndarray]) -> str:
+    reasons = _sum(dropped(s.report) for s in sets)
+    return ", ".join(f"{n} {why}" for why, n in reasons.items()) or f"{sum(map(len, held))} for validation"
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for c in counts:
+        total.update(c)
+    return total

@@ -10,12 +10,14 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glmft.data.collate import Batch, pack, pad
-from glmft.data.corpus import Corpus, CorpusSpec, OnBadRecord, OnTooLong, SampleStore, prepare
+from glmft.data.corpus import Corpus, CorpusSpec, prepare
+from glmft.data.encoding import OnBadRecord, OnTooLong
+from glmft.data.mixing import Mix, Samples, Until
 from glmft.data.packing import MicroBatch, Schedule, plan_padded_rows, plan_rows
 from glmft.data.replay import replay_file
 from glmft.errors import UserError
 from glmft.models.hub import Source, fetch
-from glmft.schema import Count, Positive, ReplayShare, Share
+from glmft.schema import Count, NonNegative, Positive, ReplayShare, Share
 
 Position = tuple[int, int]  # epoch, micro-batches of it already done
 
@@ -23,7 +25,7 @@ Position = tuple[int, int]  # epoch, micro-batches of it already done
 class EpochPlan:
     """The micro-batches of one rank in any epoch; plans of the last two epochs are kept."""
 
-    def __init__(self, store: SampleStore, schedule: Schedule, packed: bool, seed: int, rank: int) -> None:
+    def __init__(self, store: Samples, schedule: Schedule, packed: bool, seed: int, rank: int) -> None:
         self.store, self.schedule, self.packed, self.seed, self.rank = store, schedule, packed, seed, rank
         self.rows = lru_cache(maxsize=2)(self._rows)
         self.batches = lru_cache(maxsize=2)(self._batches)
@@ -90,20 +92,26 @@ class InstructionData(L.LightningDataModule):
 
     Args:
         model_path: folder or hub id whose tokenizer encodes the text; `model_source`, `model_revision` as in `model`.
-        datasets: names in dataset_info.json, trained on one after the other's records, mixed.
-        path: a JSON file named directly, beside or instead of `datasets`.
+        datasets: names in dataset_info.json.
+        path: a data file or folder named directly, beside or instead of `datasets`; its format is detected.
         dir: folder of dataset_info.json, looked into before the working directory and ./data.
-        val_datasets: names of sets that are only validated on.
+        val_datasets: names of sets that are only validated on, each with a loss of its own.
         val_fraction: share of the training records held out for validation, chosen by `seed`.
+        mix: "concat" takes every sample of every set once an epoch, "interleave" draws from the sets by weight.
+        mix_weights: probability of each set, by name or in the order of `datasets`; they sum to 1.
+        mix_until: an interleaved epoch ends when the first set is used up, or when all are (smaller sets repeat).
         max_length: longest sample in tokens.
-        on_too_long: what happens to a longer one.
+        on_too_long: a longer one is cut (its end is not learned), dropped, split between turns, or stops the run.
         on_bad_record: a record that cannot be used stops the run, or is dropped and counted.
-        max_samples: use only so many records.
+        train_on_prompt: learn the questions too.
+        mask_history: learn only what follows the last question.
+        max_samples: use only so many samples of each set, chosen by `seed`; or by name, {set: number}.
         fill: values of {{name}}-style blanks in the records.
         packing: whole samples share a row, kept apart by attention; false pads each to the longest instead.
         tokens_per_batch: tokens of a micro-batch, which decides memory.
         tokens_per_step: tokens of an optimizer step, over all devices and micro-batches, which decides the result.
         num_workers: loader processes.
+        cache: keep token files for later runs (`glmft data cache list`); false for sets that should not be kept.
         replay: "self" mixes in the base model's own answers to packaged prompts, against forgetting; train.py has
             them made before the data is read (`glmft.data.replay`).
         replay_share: of all training records, and at least 64 records.
@@ -123,15 +131,21 @@ class InstructionData(L.LightningDataModule):
         dir: str | None = None,
         val_datasets: list[str] | None = None,
         val_fraction: Share = 0.0,
+        mix: Mix = "concat",
+        mix_weights: dict[str, NonNegative] | list[NonNegative] | None = None,
+        mix_until: Until = "first_exhausted",
         max_length: Positive = 2048,
         on_too_long: OnTooLong = "truncate",
         on_bad_record: OnBadRecord = "error",
-        max_samples: Positive | None = None,
+        train_on_prompt: bool = False,
+        mask_history: bool = False,
+        max_samples: Positive | dict[str, Positive] | None = None,
         fill: dict[str, str | int | float] | None = None,
         packing: bool = True,
         tokens_per_batch: Positive = 8192,
         tokens_per_step: Positive = 2048,
         num_workers: Count = 0,
+        cache: bool = True,
         replay: Literal["self"] | None = None,
         replay_share: ReplayShare = 0.5,
         seed: Count = 0,
@@ -145,14 +159,20 @@ class InstructionData(L.LightningDataModule):
             dir=dir,
             val_datasets=val_datasets,
             val_fraction=val_fraction,
+            mix=mix,
+            mix_weights=mix_weights,
+            mix_until=mix_until,
             max_length=max_length,
             on_too_long=on_too_long,
             on_bad_record=on_bad_record,
+            train_on_prompt=train_on_prompt,
+            mask_history=mask_history,
             max_samples=max_samples,
             fill=fill,
             replay=str(replay_file(folder)) if replay else None,
             replay_share=replay_share,
             seed=seed,
+            cache=cache,
         )
         self.packing, self.num_workers, self.replay, self.seed = packing, num_workers, replay, seed
         self.max_length, self.tokens_per_batch, self.tokens_per_step = max_length, tokens_per_batch, tokens_per_step
@@ -165,7 +185,7 @@ class InstructionData(L.LightningDataModule):
         budget = self.tokens_per_batch if self.packing else row
         return Schedule(self.tokens_per_step, budget, self.max_length, world_size)
 
-    def plan(self, store: SampleStore, world_size: int = 1, rank: int = 0) -> EpochPlan:
+    def plan(self, store: Samples, world_size: int = 1, rank: int = 0) -> EpochPlan:
         """The plan of a store for one rank."""
         return EpochPlan(store, self.schedule(world_size), self.packing, self.seed, rank)
 
@@ -188,12 +208,17 @@ class InstructionData(L.LightningDataModule):
             )
         return self._loader(plan, lambda: plan.position(trainer.global_step))
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        if len(self.corpus.validation) == 0:
-            return []
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
+        """One loader a validation set, in the order of `val_sets`."""
         assert self.trainer is not None
-        plan = self.plan(self.corpus.validation, self.trainer.world_size, self.trainer.global_rank)
-        return self._loader(plan, lambda: (0, 0))
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        plans = [self.plan(samples, world, rank) for samples in self.corpus.validation.values()]
+        return [self._loader(plan, lambda: (0, 0)) for plan in plans]
+
+    @property
+    def val_sets(self) -> list[str]:
+        """Names of the validation sets."""
+        return list(self.corpus.validation)
 
     def _loader(self, plan: EpochPlan, position: Callable[[], Position]) -> DataLoader[Batch]:
         assert self.trainer is not None

@@ -7,7 +7,6 @@ a function of (lengths, seed, epoch) alone, so it needs no saved state, and ever
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,21 +16,28 @@ import numpy as np
 from glmft.errors import ProblemList
 
 
-def best_fit_decreasing(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[int]]:
-    """Puts samples, in the given order, each into the fullest row that still has room. Returns rows of positions."""
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
+def best_fit(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[int]]:
+    """Puts samples, in the given order, each into the fullest row that still has room. Returns rows of positions.
+
+    Rows are kept by their free tokens; the bits of `free` say which numbers of free tokens there are, so that the
+    fullest row with room is one shift away.
+    """
     rows: list[list[int]] = []
-    for i in order.tolist():
-        length = int(lengths[i])
-        place = bisect.bisect_left(room, (length, -1))
-        if place == len(room):
-            rows.append([i])
-            left, row = budget - length, len(rows) - 1
-        else:
-            left, row = room.pop(place)
+    by_room: list[list[int]] = [[] for _ in range(budget + 1)]
+    free = 0
+    for i, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        fitting = free >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                free ^= 1 << room
             rows[row].append(i)
-            left -= length
-        bisect.insort(room, (left, row))
+        else:
+            room, row = budget, len(rows)
+            rows.append([i])
+        by_room[room - length].append(row)
+        free |= 1 << (room - length)
     return rows
 
 
@@ -44,9 +50,9 @@ def plan_rows(lengths: np.ndarray, budget: int, seed: int, epoch: int) -> list[l
     rng = np.random.default_rng((seed, epoch))
     ties = rng.permutation(len(lengths))
     exact = ties[np.argsort(-lengths[ties], kind="stable")]
-    rows = best_fit_decreasing(lengths, exact, budget)
+    rows = best_fit(lengths, exact, budget)
     noisy = np.argsort(-(lengths * rng.uniform(0.8, 1.0, len(lengths))), kind="stable")
-    candidate = best_fit_decreasing(lengths, noisy, budget)
+    candidate = best_fit(lengths, noisy, budget)
     if len(candidate) == len(rows):
         rows = candidate
     return [rows[i] for i in rng.permutation(len(rows))]
@@ -140,15 +146,26 @@ class Schedule:
     def micro_batches(
         self, rows: Sequence[Sequence[int]], num_supervised: np.ndarray, epoch: int, rank: int = 0
     ) -> list[MicroBatch]:
-        """The micro-batches of one rank, in order. Ranks take the rows of a step in turn, so each gets its share;
-        a rank without a row in the last step of an epoch gets an empty micro-batch."""
+        """The micro-batches of one rank, in order. Ranks take the rows of a step in turn, so each gets its share; where
+        that would leave a micro-batch empty, rows are divided."""
         out: list[MicroBatch] = []
         for start in range(0, len(rows), self.rows_per_step):
             step = rows[start : start + self.rows_per_step]
             tokens = int(sum(num_supervised[list(row)].sum() for row in step))
-            mine = step[rank :: self.world_size]
-            for part in range(math.ceil(len(step) / (self.rows_per_batch * self.world_size))):
-                chosen = mine[part * self.rows_per_batch : (part + 1) * self.rows_per_batch]
+            parts = math.ceil(len(step) / (self.rows_per_batch * self.world_size))
+            mine = _divided(step, parts * self.world_size)[rank :: self.world_size]
+            for part in range(parts):
+                size = min(self.rows_per_batch, len(mine) - (parts - part - 1))  # the parts behind get a row each
+                chosen, mine = mine[:size], mine[size:]
                 samples = tuple(i for row in chosen for i in row)
                 out.append(MicroBatch(samples, tokens, epoch, len(out) * self.world_size + rank))
         return out
+
+
+def _divided(step: Sequence[Sequence[int]], wanted: int) -> list[list[int]]:
+    """At least `wanted` rows: the rows with most samples are halved, as long as they have more than one."""
+    rows = [list(row) for row in step]
+    while len(rows) < wanted and max(map(len, rows)) > 1:
+        longest = rows.pop(max(range(len(rows)), key=lambda i: len(rows[i])))
+        rows += [longest[::2], longest[1::2]]
+    return rows

@@ -18,7 +18,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from glmft.errors import DamagedError, UserError
-from glmft.messages import IGNORE_INDEX, Conversation, Message, Sample, as_messages
+from glmft.messages import ROLES, Conversation, Message, Sample, as_messages
 
 CONTROL_TOKENS = (
     "[MASK]",
@@ -45,6 +45,7 @@ class ChatGLM3Tokenizer:
         self.num_pieces: int = self.sp.vocab_size()
         self.control_ids = {name: self.num_pieces + i for i, name in enumerate(CONTROL_TOKENS)}
         self.control_names = {i: name for name, i in self.control_ids.items()}
+        self.role_ids = {role: self.control_ids[f"<|{role}|>"] for role in ROLES}
         self.eos_id: int = self.sp.eos_id()
         self.pad_id: int = self.sp.unk_id()
         self._newline = self.encode("\n")
@@ -72,28 +73,43 @@ class ChatGLM3Tokenizer:
         Raises:
             UserError: there is no message, or the last one is not the assistant's.
         """
-        turns = as_messages(messages)
         source = messages.source if isinstance(messages, Conversation) else ""
-        if not turns or turns[-1].role != "assistant":
-            raise UserError(f"{source or 'conversation'}: must end with an assistant message to be trained on")
+        return self.encode_conversations([Conversation(as_messages(messages), source)])[0]
+
+    def encode_conversations(self, conversations: Sequence[Conversation]) -> list[Sample]:
+        """The same for many, in one call of SentencePiece."""
+        for c in conversations:
+            if not c.messages or c.messages[-1].role != "assistant":
+                raise UserError(f"{c.source or 'conversation'}: must end with an assistant message to be trained on")
+        contents = iter(self.sp.encode([_content(m) for c in conversations for m in c.messages]))
+        return [self._assemble(c, [next(contents) for _ in c.messages]) for c in conversations]
+
+    def _assemble(self, conversation: Conversation, contents: Sequence[list[int]]) -> Sample:
         ids = self._prefix()
-        labels = [IGNORE_INDEX] * len(ids)
-        in_answer = False
-        for turn in turns:
-            role = self.control_ids[f"<|{turn.role}|>"]
-            ids.append(role)
-            labels.append(role if in_answer else IGNORE_INDEX)
-            body = self._encode_body(turn)
-            in_answer = turn.role == "assistant"
-            ids += body
-            labels += body if in_answer else [IGNORE_INDEX] * len(body)
-        return Sample([*ids, self.eos_id], [*labels, self.eos_id], source)
+        spans: list[tuple[int, int]] = []
+        learned = False
+        for turn, content in zip(conversation.messages, contents, strict=True):
+            ids.append(self.role_ids[turn.role])
+            if learned:  # the role token that ends a learned turn belongs to it
+                spans[-1] = (spans[-1][0], len(ids))
+            start = len(ids)
+            ids += self._head(turn)
+            ids += content
+            learned = turn.learns
+            if learned and spans and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], len(ids))
+            elif learned:
+                spans.append((start, len(ids)))
+        ids.append(self.eos_id)
+        if learned:
+            spans[-1] = (spans[-1][0], len(ids))
+        return Sample(ids, spans, conversation.source)
 
     def encode_prompt(self, messages: Conversation | Sequence[Message | dict[str, Any]]) -> list[int]:
         """Ids that ask for the next answer: the same encoder, ending with <|assistant|>."""
         ids = self._prefix()
         for turn in as_messages(messages):
-            ids += [self.control_ids[f"<|{turn.role}|>"], *self._encode_body(turn)]
+            ids += [self.role_ids[turn.role], *self._encode_body(turn)]
         return [*ids, self.control_ids["<|assistant|>"]]
 
     def encode_answer(self, turn: Message) -> list[int]:
@@ -109,15 +125,13 @@ class ChatGLM3Tokenizer:
         return Message("assistant", content.strip(), metadata=metadata.strip())
 
     def render(self, sample: Sample, color: bool = True) -> str:
-        """The sample as the model sees it, every token visible; supervised tokens green, or in «» without colour."""
-        out = []
-        for i, label in zip(sample.input_ids, sample.labels, strict=True):
-            text = self.token_text(i).replace("\n", "\\n")
-            if label == IGNORE_INDEX:
-                out.append(text)
-            else:
-                out.append(f"\x1b[32m{text}\x1b[0m" if color else f"«{text}»")
-        return "".join(out)
+        """The sample as the model sees it, every token visible; what is learned in green, or in «» without colour."""
+        text = [self.token_text(i).replace("\n", "\\n") for i in sample.input_ids]
+        opening, closing = ("\x1b[32m", "\x1b[0m") if color else ("«", "»")
+        for start, end in sample.supervised:
+            text[start] = opening + text[start]
+            text[end - 1] += closing
+        return "".join(text)
 
     def token_text(self, i: int) -> str:
         """One token as text: control names as they are, bytes as <0x0A>, the word boundary as ▁."""
@@ -128,12 +142,17 @@ class ChatGLM3Tokenizer:
     def _prefix(self) -> list[int]:
         return [self.control_ids["[gMASK]"], self.control_ids["sop"]]
 
+    def _head(self, turn: Message) -> list[int]:
+        return self.encode(f"{turn.metadata}\n") if turn.metadata else self._newline
+
     def _encode_body(self, turn: Message) -> list[int]:
-        content = turn.content
-        if turn.tools is not None:
-            content += "\n" + json.dumps(turn.tools, indent=4, ensure_ascii=False)
-        head = self.encode(f"{turn.metadata}\n") if turn.metadata else self._newline
-        return head + self.encode(content)
+        return self._head(turn) + self.encode(_content(turn))
+
+
+def _content(turn: Message) -> str:
+    if turn.tools is None:
+        return turn.content
+    return f"{turn.content}\n{json.dumps(turn.tools, indent=4, ensure_ascii=False)}"
 
 
 def load_tokenizer(path: str | Path) -> ChatGLM3Tokenizer:

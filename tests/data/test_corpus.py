@@ -1,170 +1,160 @@
+"""From names to the samples of a run."""
+
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import reference
 
-from glmft.data.corpus import CorpusSpec, limit_length, prepare, split_validation
-from glmft.data.registry import direct_file, find_dataset
-from glmft.errors import ProblemList, UserError
+from glmft.data.corpus import CorpusSpec, prepare, split_validation
+from glmft.data.mixing import interleave
+from glmft.errors import UserError
 from glmft.messages import Message
-from glmft.models import load_tokenizer
 
+pytestmark = pytest.mark.share("data")
 GOOD = {"instruction": "1+1", "input": "", "output": "2"}
 
 
 @pytest.fixture
 def spec(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GLMFT_CACHE", str(tmp_path / "cache"))
 
     def make(content, **options) -> CorpusSpec:
-        text = content if isinstance(content, (str, bytes)) else json.dumps(content, ensure_ascii=False)
+        text = content if isinstance(content, bytes) else json.dumps(content, ensure_ascii=False).encode()
         file = tmp_path / "mine.json"
-        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        file.write_bytes(text)
         prepare.cache_clear()
         return CorpusSpec.of(tiny, path=str(file), **options)
 
     return make
 
 
-def test_alpaca_records_become_conversations(spec):
-    record = {
-        "instruction": "问",
-        "input": "补充",
-        "output": "答",
-        "system": "你是助手",
-        "history": [["早", "早上好"]],
-    }
-    corpus = prepare(spec([record]))
-    assert corpus.conversations[0].messages == (
-        Message("system", "你是助手"),
-        Message("user", "早"),
-        Message("assistant", "早上好"),
-        Message("user", "问\n补充"),
-        Message("assistant", "答"),
-    )
-    assert corpus.conversations[0].source.endswith("mine.json record 1")
+def registry(sets: dict[str, list[dict]]) -> None:
+    for name, records in sets.items():
+        Path(f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
+    Path("dataset_info.json").write_text(json.dumps({n: {"file_name": f"{n}.json"} for n in sets}))
 
 
-def test_blanks_are_filled(spec):
+def numbered(n: int, tag: str = "") -> list[dict]:
+    return [GOOD | {"instruction": f"{tag}{i}"} for i in range(n)]
+
+
+def asked(corpus, samples=None) -> list[str]:
+    samples = corpus.own if samples is None else samples
+    return [c.prompt[-1].content for c in corpus.conversations(samples, range(len(samples)))]
+
+
+def test_records_become_conversations_again(spec):
+    record = {"instruction": "问", "input": "补充", "output": "答", "system": "你是助手", "history": [["早", "早上好"]]}
+    corpus = prepare(spec([record, GOOD]))
+    found = corpus.conversations(corpus.own, [1, 0])
+    assert found[0].messages == (Message("user", "1+1"), Message("assistant", "2"))
+    assert found[1].messages[0] == Message("system", "你是助手")
+    assert found[1].source.endswith("mine.json: record 1")
+
+
+def test_blanks_are_filled_in_tokens_and_in_text(spec, tiny):
     corpus = prepare(spec([GOOD | {"output": "我是{{name}}，{{other}}"}], fill={"name": "小明"}))
-    assert corpus.conversations[0].answer == "我是小明，{{other}}"
+    assert corpus.conversations(corpus.own, [0])[0].answer == "我是小明，{{other}}"
+    from glmft.models import load_tokenizer
+
+    assert "我是小明，{{other}}" in load_tokenizer(tiny).decode(corpus.own[0][0].tolist())
 
 
 def test_byte_order_mark_is_accepted(spec):
     assert len(prepare(spec(b"\xef\xbb\xbf" + json.dumps([GOOD]).encode())).train) == 1
 
 
-BAD_FILES = [  # content, what the message must hold
-    ("", "empty; expected a JSON list"),
-    ("[]", "an empty list"),
-    ('[{"instruction": "a"', ":1:21: not valid JSON"),
-    ('{"instruction": "a"}', "holds an object, expected a list"),
-    ("null", "holds null, expected a list"),
-    ('[{"instruction": "a", "output": "b"}]\n{}', "is JSONL"),
-    ('[1, {"instruction": "a"}]', "record 1 is a number, expected an object"),
-    ("问".encode("gbk"), "not UTF-8 (byte 0)"),
-    ("[" * 100_000, "nested too deeply"),
-]
-BAD_RECORDS = [
-    ({"instruction": "a", "ouput": "b"}, "'output' is missing, did you mean 'ouput'?"),
-    ({"instruction": "a", "output": None}, "'output' is NoneType ('None'), expected text"),
-    ({"instruction": 3, "output": "b"}, "'instruction' is int ('3'), expected text"),
-    ({"instruction": "a", "output": " "}, "'output' is empty"),
-    ({"instruction": "", "input": "", "output": "b"}, "'instruction' and 'input' are both empty"),
-    (
-        {"instruction": "a", "output": "b", "history": [["only one"]]},
-        "'history' must be a list of [question, answer] pairs",
-    ),
-]
-
-
-@pytest.mark.parametrize(("content", "says"), BAD_FILES)
-def test_bad_files(spec, content, says):
-    with pytest.raises(UserError) as caught:
-        prepare(spec(content))
-    assert says in str(caught.value)
-    assert "mine.json" in str(caught.value)
-
-
-def test_all_bad_records_are_reported_with_their_numbers(spec):
-    content = [GOOD, *(record for record, _ in BAD_RECORDS)]
-    with pytest.raises(ProblemList) as caught:
-        prepare(spec(content))
-    for number, (_, says) in enumerate(BAD_RECORDS, start=2):
-        assert f"record {number}: {says}" in str(caught.value)
-    assert f"{len(BAD_RECORDS)} of {len(content)} records" in str(caught.value)
-    corpus = prepare(spec(content, on_bad_record="drop"))
-    assert len(corpus.train) == 1
-    assert corpus.report()["dropped"] == {"bad record": len(BAD_RECORDS)}
-
-
-def test_length_policies(tiny):
-    tokenizer = load_tokenizer(tiny)
-    sample = tokenizer.encode_conversation([Message("user", "你好"), Message("assistant", "谢谢" * 20)])
-    prompt = len(tokenizer.encode_prompt([Message("user", "你好")]))
-    counts: Counter[str] = Counter()
-    cut = limit_length(sample, prompt + 5, "truncate", counts)
-    assert len(cut) == prompt + 5
-    assert cut.num_supervised == 5
-    assert tokenizer.eos_id not in cut.labels  # a cut answer does not teach the end
-    assert limit_length(sample, prompt, "truncate", counts) is None
-    assert limit_length(sample, 10, "drop", counts) is None
-    with pytest.raises(UserError, match=r"data\.max_length=10"):
-        limit_length(sample, 10, "error", counts)
-    assert counts == {"truncated": 1, "dropped: too long": 1, "dropped: nothing left to learn within max_length": 1}
-
-
 def test_every_record_dropped(spec):
-    with pytest.raises(UserError, match=r"no record is left to train on .*1 too long"):
+    with pytest.raises(UserError, match=r"no record is left to train on .*1 longer than max_length"):
         prepare(spec([GOOD], max_length=2, on_too_long="drop"))
 
 
 def test_validation_split_follows_the_seed(spec):
-    content = [GOOD | {"instruction": str(i)} for i in range(20)]
-    one = prepare(spec(content, val_fraction=0.2, seed=1))
-    assert (len(one.train), len(one.validation)) == (16, 4)
-    held = {c.prompt[-1].content for c in one.val_conversations}
-    assert not held & {c.prompt[-1].content for c in one.conversations}
-    assert held == {c.prompt[-1].content for c in prepare(spec(content, val_fraction=0.2, seed=1)).val_conversations}
+    one = prepare(spec(numbered(20), val_fraction=0.2, seed=1))
+    assert (len(one.train), len(one.validation["held_out"])) == (16, 4)
+    held = asked(one, one.validation["held_out"])
+    assert not set(held) & set(asked(one))
+    two = prepare(spec(numbered(20), val_fraction=0.2, seed=1))
+    assert held == asked(two, two.validation["held_out"])
     assert split_validation(20, 0.2, 1) != split_validation(20, 0.2, 2)
 
 
-# ---- the registry
+def test_duplicates_and_overlap_are_counted(spec):
+    registry({"v": numbered(3)})
+    report = prepare(spec([*numbered(5), *numbered(2)], val_datasets=["v"])).report()
+    assert (report["duplicates"], report["overlap"]) == (2, 3)
 
 
-def test_registry_is_looked_for_where_users_keep_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.json").write_text(json.dumps([GOOD]))
-    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "a.json"}}))
-    assert find_dataset("mine").file == Path("data/a.json")
-    assert find_dataset("tiny").file.is_file()  # packaged
-    assert direct_file("a.json").file == Path("data/a.json")
-    with pytest.raises(UserError, match=r"'mime' is in no registry, did you mean 'mine'.*data/dataset_info.json"):
-        find_dataset("mime")
+# ---- several sets
 
 
-@pytest.mark.parametrize(
-    ("entry", "says"),
-    [
-        ({"file_name": "a.json", "format": "alpaca"}, "unknown key 'format', did you mean 'formatting'?"),
-        ({"file_name": "../a.json"}, "outside the registry's folder"),
-        ({"file_name": "b.json"}, "no such file"),
-        ({}, "file_name is missing"),
-        ({"hf_hub_url": "x/y"}, "'hf_hub_url' is not read by this version"),
-        ({"file_name": "a.json", "formatting": "sharegpt"}, "formatting 'sharegpt'"),
-    ],
-)
-def test_bad_registry_entries(tmp_path, entry, says):
-    (tmp_path / "a.json").write_text("[]")
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
-    with pytest.raises(UserError) as caught:
-        find_dataset("mine", str(tmp_path))
-    assert says in str(caught.value)
+def test_concat_takes_every_record_once(spec):
+    registry({"a": numbered(30, "a"), "b": numbered(10, "b")})
+    spec([GOOD])
+    corpus = prepare(CorpusSpec.of(_tiny(), datasets=["a", "b"]))
+    assert sorted(asked(corpus)) == sorted([f"a{i}" for i in range(30)] + [f"b{i}" for i in range(10)])
+    assert corpus.report()["sets"]["a"]["samples"] == 30
+
+
+def _tiny() -> Path:
+    return Path(__file__).parents[2] / "glmft" / "assets" / "tiny-chatglm3"
+
+
+def mixed(spec, **options):
+    registry({"a": numbered(300, "a"), "b": numbered(40, "b")})
+    spec([GOOD])
+    return prepare(CorpusSpec.of(_tiny(), datasets=["a", "b"], mix="interleave", **options))
+
+
+def test_interleave_until_the_first_is_used_up(spec):
+    corpus = mixed(spec, mix_weights=[0.5, 0.5])
+    names = asked(corpus)
+    assert sum(n.startswith("b") for n in names) == 40
+    assert 20 < sum(n.startswith("a") for n in names) < 70
+    assert len(set(names)) == len(names)
+
+
+def test_interleave_until_all_are_used_up_repeats_the_smaller(spec):
+    corpus = mixed(spec, mix_weights={"b": 0.5, "a": 0.5}, mix_until="all_exhausted")
+    names = asked(corpus)
+    assert {n for n in names if n.startswith("a")} == {f"a{i}" for i in range(300)}
+    copies = [names.count(f"b{i}") for i in range(40)]
+    assert min(copies) >= 1
+    assert max(copies) - min(copies) <= 1
+    assert corpus.report()["duplicates"] == 0  # drawn twice is no duplicate record
+
+
+def test_interleaved_shares_follow_the_weights():
+    drawn = interleave([100_000, 100_000], [0.8, 0.2], "first_exhausted", seed=3)
+    assert len(drawn[0]) == 100_000
+    assert abs(len(drawn[1]) / sum(map(len, drawn)) - 0.2) < 0.01
+    again = interleave([100_000, 100_000], [0.8, 0.2], "first_exhausted", seed=3)
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, again, strict=True))
+    assert not np.array_equal(drawn[0], interleave([100_000, 100_000], [0.8, 0.2], "first_exhausted", 4)[0])
+
+
+def test_max_samples_are_of_each_set_and_by_seed(spec):
+    registry({"a": numbered(30, "a"), "b": numbered(10, "b")})
+    spec([GOOD])
+    one = asked(prepare(CorpusSpec.of(_tiny(), datasets=["a", "b"], max_samples=5, seed=1)))
+    assert (sum(n.startswith("a") for n in one), sum(n.startswith("b") for n in one)) == (5, 5)
+    prepare.cache_clear()
+    two = asked(prepare(CorpusSpec.of(_tiny(), datasets=["a", "b"], max_samples=5, seed=2)))
+    assert one != two
+    by_name = asked(prepare(CorpusSpec.of(_tiny(), datasets=["a", "b"], max_samples={"a": 7})))
+    assert (sum(n.startswith("a") for n in by_name), sum(n.startswith("b") for n in by_name)) == (7, 10)
+
+
+def test_num_samples_of_the_registry(spec):
+    registry({"a": numbered(30, "a")})
+    Path("dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.json", "num_samples": 4}}))
+    spec([GOOD])
+    assert len(prepare(CorpusSpec.of(_tiny(), datasets=["a"])).train) == 4
 
 
 def test_the_real_set():
@@ -173,3 +163,13 @@ def test_the_real_set():
     report = prepare(spec).report()
     assert (report["train"], report["longest"], report["truncated"]) == (1000, 580, 0)
     assert 134 < report["tokens"] / 1000 < 136
+
+
+def test_the_identity_set_with_its_blanks_filled():
+    tokenizer = reference("data/chatglm3-tokenizer")
+    fill = {"name": "小明", "author": "小红"}
+    spec = CorpusSpec.of(tokenizer, datasets=["identity"], dir=str(reference("data")), fill=fill)
+    corpus = prepare(spec)
+    texts = [m.content for c in corpus.conversations(corpus.own, range(91)) for m in c.messages]
+    assert not any("{{" in t for t in texts)
+    assert sum("小明" in t for t in texts) > 50

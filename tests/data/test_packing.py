@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
+from conftest import reference
 
+from glmft.data.corpus import CorpusSpec, prepare
 from glmft.data.packing import Schedule, plan_padded_rows, plan_rows
 from glmft.errors import ProblemList
 
@@ -58,6 +62,47 @@ def test_every_split_of_a_step_holds_the_same_samples(world, rows_per_step, per_
     assert max(sum(size[i] for i in m.samples) for r in ranks for m in r) <= per_batch * row
     everyone = [m.index for r in ranks for m in r]
     assert len(set(everyone)) == len(everyone)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("plan", [plan_rows, plan_padded_rows])
+def test_no_rank_is_without_data(world, plan):
+    size = lengths(101)
+    rows = plan(size, 256, 0, 0)
+    for per_batch in (1, 2):
+        schedule = Schedule(4 * 256, per_batch * 256, 256, world)
+        ranks = [schedule.micro_batches(rows, size, 0, rank) for rank in range(world)]
+        for step in range(schedule.num_steps(len(rows))):
+            micro = [m for r in ranks for m in r[step * schedule.accumulate : (step + 1) * schedule.accumulate]]
+            samples = sum(len(m.samples) for m in micro)
+            assert all(m.samples for m in micro) or samples < len(micro)
+            tokens = [sum(size[i] for i in m.samples) for m in micro]
+            assert max(tokens) <= per_batch * 256
+
+
+def test_the_alpaca_rows_are_full():
+    store = prepare(CorpusSpec.of(
+        reference("data/chatglm3-tokenizer"), datasets=["alpaca_zh_demo"], dir=str(reference("data"))
+    )).train  # fmt: skip
+    for budget in (2048, 8192):
+        rows = plan_rows(store.lengths, budget, 0, 0)
+        filled = sorted(store.lengths[row].sum() for row in rows)
+        assert sum(filled[1:]) / (budget * (len(rows) - 1)) > 0.99  # all but the emptiest, which stands anywhere
+
+
+def test_a_hundred_thousand_samples():
+    rng = np.random.default_rng(0)
+    size = np.clip(rng.lognormal(np.log(220), 0.96, 100_000).astype(int), 1, 2048)
+    plan_rows(size[:1000], 2048, 0, 0)
+    began = time.perf_counter()
+    rows = plan_rows(size, 2048, 0, 0)
+    spent = time.perf_counter() - began
+    assert size.sum() / (2048 * len(rows)) > 0.999
+    assert spent < 0.5
+    order = size[[i for row in rows for i in row]]
+    assert abs(np.corrcoef(np.arange(len(order)), order)[0, 1]) < 0.05
+    other = {frozenset(row) for row in plan_rows(size, 2048, 0, 1)}
+    assert len(other & {frozenset(row) for row in rows}) < len(rows) / 10
 
 
 def test_budgets_that_do_not_fit_are_named():
