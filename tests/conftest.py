@@ -42,6 +42,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"share of {name}: {seconds:.0f} s of {SHARES[name]:.0f} s")
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another one kept."""
+    monkeypatch.setenv("GLMFT_CACHE", str(tmp_path / "glmft_cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The packaged model."""

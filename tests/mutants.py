@@ -23,6 +23,7 @@ SABOTAGES: dict[str, tuple[Callable[[], None], list[str]]] = {}
 MODULE, STRATEGIES = "test_module.py", "strategies/test_strategies.py"
 TRAIN, TOKENIZER, LOADING = "test_train.py", "models/test_tokenizer.py", "models/test_loading.py"
 PACKING, COLLATE, KERNELS = "data/test_packing.py", "data/test_collate.py", "kernels/test_kernels.py"
+ENCODING, PREPARATION, LOADER = "data/test_encoding.py", "data/test_preparation.py", "data/test_resume.py"
 PACKED_IS_PADDED = f"{MODULE}::test_packed_equals_padded_equals_one_by_one"
 SAME_STEPS = f"{MODULE}::test_lightning_takes_the_same_steps_however_a_step_is_cut"
 SAME_GRADIENT = f"{MODULE}::test_every_cut_of_a_step_gives_the_same_gradient"
@@ -181,23 +182,61 @@ def _() -> None:
     after(ChatGLM3Tokenizer, "encode_conversation", lambda s: Sample(s.input_ids, [(0, len(s))], s.source))
 
 
-@sabotage("a cut answer teaches the end", "data/test_corpus.py::test_length_policies")
+@sabotage("a cut answer teaches the end", f"{ENCODING}::test_a_cut_answer_does_not_teach_the_end")
 def _() -> None:
-    from glmft.data import corpus
+    from glmft.data import encoding
 
-    def taught(sample):
-        if sample is not None:
-            sample.labels[-1] = 2
-        return sample
+    def taught(limited):
+        for sample in limited[0]:
+            sample.input_ids[-1] = 2
+        return limited
 
-    after(corpus, "limit_length", taught)
+    after(encoding, "limit_length", taught)
+
+
+@sabotage("a cut leaves questions behind", f"{ENCODING}::test_nothing_stands_behind_the_last_learned_token")
+def _() -> None:
+    from glmft.data import encoding
+    from glmft.messages import Sample
+
+    original = encoding.limit_length
+
+    def longer(sample, conversation, tokenizer, max_length, policy):
+        samples, event = original(sample, conversation, tokenizer, max_length, policy)
+        return [Sample(sample.input_ids[:max_length], s.supervised) for s in samples], event
+
+    encoding.limit_length = longer
+
+
+@sabotage("history is learned all the same", f"{ENCODING}::test_mask_history_learns_only_the_last_round")
+def _() -> None:
+    from glmft.data import encoding
+
+    encoding.supervise = lambda conversation, *policies: conversation
+
+
+@sabotage("tokens of other policies are used", f"{PREPARATION}::test_what_decides_the_ids_decides_the_file")
+def _() -> None:
+    from glmft.data import preparation
+    from glmft.data.encoding import Policies
+
+    original = preparation.key_of
+    preparation.key_of = lambda entry, tokenizer, policies: original(entry, tokenizer, Policies())
+
+
+@sabotage("chunks of processes out of order", f"{PREPARATION}::test_several_processes_give_the_same_file")
+def _() -> None:
+    from glmft.data import preparation
+
+    original = preparation._in_processes
+    preparation._in_processes = lambda *a: reversed(list(original(*a)))
 
 
 @sabotage("replayed answers are not mixed in", "test_verdict.py::test_own_answers_mixed_in_keep_the_rest[0]")
 def _() -> None:
     from glmft.data import corpus
 
-    corpus._replayed = lambda *a: []
+    corpus._replayed = lambda *a: None
 
 
 @sabotage(
@@ -264,11 +303,26 @@ def _() -> None:
     FineTuner._guard = lambda self, loss, grad_norm: None
 
 
-@sabotage("loader restarts at 0", RESUME)
+@sabotage("loader restarts at 0", RESUME, f"{LOADER}::test_the_rest_is_the_same")
 def _() -> None:
     from glmft.data.datamodule import EpochPlan
 
     after(EpochPlan, "position", lambda at: (at[0], 0))
+
+
+@sabotage("the order does not follow the epoch", f"{LOADER}::test_epochs_differ")
+def _() -> None:
+    from glmft.data.datamodule import EpochPlan
+
+    original = EpochPlan._rows
+    EpochPlan._rows = lambda self, epoch: original(self, 0)
+
+
+@sabotage("a rank without data", "data/test_packing.py::test_no_rank_is_without_data")
+def _() -> None:
+    from glmft.data import packing
+
+    packing._divided = lambda step, wanted: [list(row) for row in step]
 
 
 @sabotage("dropout not seeded by position", RESUME)

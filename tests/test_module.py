@@ -41,7 +41,7 @@ def tuner(tiny, strategy=None, optimizer=ADAMW, **options) -> FineTuner:
 
 @pytest.fixture(scope="module")
 def data(tiny) -> InstructionData:
-    return InstructionData(str(tiny), datasets=["tiny"], max_length=128, max_samples=90, tokens_per_step=1024)
+    return InstructionData(str(tiny), datasets=["tiny"], max_length=128, max_samples=80, tokens_per_step=1024)
 
 
 @pytest.fixture(scope="module")

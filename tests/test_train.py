@@ -56,7 +56,7 @@ def test_the_embedded_default_changes_the_identity_and_keeps_the_rest(train, tin
         assert "小明" not in before[question]
     assert "我是glmft自带的微型模型。" in result.out
     first = {"step", "epoch", "time", "train/loss", "lr", "grad_norm", "tokens_per_sec", "memory_gib"}
-    assert set(read_jsonl(run / "metrics.jsonl")[0]) == first
+    assert set(next(r for r in read_jsonl(run / "metrics.jsonl") if r["step"] == 1)) == first
     assert rows(run, "val/loss")[-1] < rows(run, "val/loss")[0]
     status = read_status(run)
     assert (status["state"], status["step"], status["total"]) == ("done", summary["steps"], summary["steps"])

@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from glmft.data.encoding import CUT, DAMAGE, SPLIT, OnBadRecord, OnTooLong, Poli
 from glmft.data.mixing import Mix, Samples, Until, choose, interleave, weights_of
 from glmft.data.preparation import PreparedSet, dropped, prepare_set
 from glmft.data.registry import DatasetEntry, direct_file, find_datasets
+from glmft.data.tokens import TokenStore
 from glmft.errors import ProblemList, UserError
 from glmft.messages import Conversation
 
@@ -134,7 +135,6 @@ def split_validation(n: int, fraction: float, seed: int) -> tuple[list[int], lis
     return [i for i in range(n) if i not in chosen], sorted(chosen)
 
 
-@lru_cache(maxsize=2)
 def prepare(spec: CorpusSpec) -> Corpus:
     """Reads, encodes, mixes and splits all data sets of a run.
 
@@ -161,20 +161,22 @@ def prepare(spec: CorpusSpec) -> Corpus:
         s.name: {"samples": len(c), "tokens": int(s.store.lengths[c].sum())}
         for s, c in zip(sets, training, strict=True)
     }
-    own = sum(map(len, training))
-    all_sets = [*sets, *val_sets]
-    replayed = 0
-    if spec.replay is not None:
-        replay = prepare_set(
-            DatasetEntry("replay", (Path(spec.replay),)), Path(spec.tokenizer), spec.policies, cache=spec.cache
-        )
-        wanted = max(round(own * spec.replay_share / (1 - spec.replay_share)), LEAST_REPLAYED)
-        training.append(choose(len(replay.store), wanted, "replay", spec.seed))
-        stores.append(replay.store)
-        replayed = len(training[-1])
+    replay = _replayed(sum(map(len, training)), spec) if spec.replay else None
+    if replay is not None:
+        stores.append(replay[0])
+        training.append(replay[1])
     validation = {HELD_OUT: Samples.of([s.store for s in sets], held)} if held and any(map(len, held)) else {}
     validation |= {s.name: Samples.of([s.store], [_chosen(s, spec)]) for s in val_sets if len(s.store)}
-    return Corpus(all_sets, Samples.of(stores, training), validation, replayed, per_set)
+    replayed = len(replay[1]) if replay else 0
+    return Corpus([*sets, *val_sets], Samples.of(stores, training), validation, replayed, per_set)
+
+
+def _replayed(own: int, spec: CorpusSpec) -> tuple[TokenStore, np.ndarray] | None:
+    """The replay file's store and the samples that are mixed in: their share, but a few records need more."""
+    entry = DatasetEntry("replay", (Path(str(spec.replay)),))
+    store = prepare_set(entry, Path(spec.tokenizer), spec.policies, cache=spec.cache).store
+    wanted = max(round(own * spec.replay_share / (1 - spec.replay_share)), LEAST_REPLAYED)
+    return store, choose(len(store), wanted, "replay", spec.seed)
 
 
 def _find(spec: CorpusSpec) -> tuple[list[DatasetEntry], list[DatasetEntry]]:

@@ -180,8 +180,10 @@ class _Scanner:
         pos = self.pos if pos is None else pos
         at_end = pos >= len(self.buffer) and self.ended
         line, column = self._place(pos)
-        end = " (the file ends here: it is cut off)" if at_end or message.startswith("Unterminated") else ""
-        return UserError(f"{self.file}:{line}:{column}: not valid JSON: {message}{end}")
+        hint = " (the file ends here: it is cut off)" if at_end or message.startswith("Unterminated") else ""
+        if self.buffer[pos : pos + 1] == "'":
+            hint = " (a text stands in \", not in ')"
+        return UserError(f"{self.file}:{line}:{column}: not valid JSON: {message}{hint}")
 
     def _place(self, pos: int) -> tuple[int, int]:
         newlines = self.buffer.count("\n", 0, pos)

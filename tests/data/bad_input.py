@@ -80,7 +80,7 @@ BAD: dict[str, Bad] = {
     "trailing comma": Bad("a.json", GOOD[:-1] + ",]", ["a.json:1:", "not valid JSON: Expecting value"]),
     "no comma between records": Bad("a.json", GOOD.replace("}, {", "} {"), ["a.json:1:", "Expecting ',' or ']'"]),
     "text after the list": Bad("a.json", GOOD + "\nmore", ["a.json:2:1: not valid JSON: text after the end"]),
-    "single quotes": Bad("a.json", "[{'a': 1}]", ["a.json:1:3: not valid JSON", "double quotes"]),
+    "single quotes": Bad("a.json", "[{'a': 1}]", ["a.json:1:3: not valid JSON", "a text stands in \", not in '"]),
     "JSONL named .json": Bad("a.json", '{"a": 1}\n{"a": 2}', ["a.json: one object after the other is JSONL", ".jsonl"]),
     "UTF-16": Bad("a.json", GOOD.encode("utf-16"), ["a.json: UTF-16, expected UTF-8", "iconv -f UTF-16 -t UTF-8"]),
     "GBK": Bad("a.json", "问".encode("gbk"), ["a.json: not UTF-8 (byte 0)", "iconv -f GBK -t UTF-8"]),

@@ -27,7 +27,6 @@ def spec(tiny, tmp_path, monkeypatch):
         text = content if isinstance(content, bytes) else json.dumps(content, ensure_ascii=False).encode()
         file = tmp_path / "mine.json"
         file.write_bytes(text)
-        prepare.cache_clear()
         return CorpusSpec.of(tiny, path=str(file), **options)
 
     return make
@@ -143,7 +142,6 @@ def test_max_samples_are_of_each_set_and_by_seed(spec):
     spec([GOOD])
     one = asked(prepare(CorpusSpec.of(_tiny(), datasets=["a", "b"], max_samples=5, seed=1)))
     assert (sum(n.startswith("a") for n in one), sum(n.startswith("b") for n in one)) == (5, 5)
-    prepare.cache_clear()
     two = asked(prepare(CorpusSpec.of(_tiny(), datasets=["a", "b"], max_samples=5, seed=2)))
     assert one != two
     by_name = asked(prepare(CorpusSpec.of(_tiny(), datasets=["a", "b"], max_samples={"a": 7})))

@@ -77,7 +77,7 @@ def test_render_marks_what_is_supervised(tiny):
     shown = tokenizer.render(tokenizer.encode_conversation(DIALOGUE), color=False)
     assert shown.startswith("[gMASK]sop<|user|>")
     assert shown.endswith("<|assistant|>«▁<0x0A>▁再见。</s>»")
-    assert "«<|user|>»" in shown  # ends the first answer, so it is learned
+    assert "你好。<|user|>»" in shown  # ends the first answer, so it is learned
     assert "<|assistant|>«" in shown  # is given, not learned
 
 
