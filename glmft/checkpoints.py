@@ -1,4 +1,4 @@
-"""Checkpoint files: Lightning's checkpoint dict, with its many small tensors stored as few large ones.
+"""Checkpoint folders: Lightning's checkpoint dict, with its many small tensors stored as few large ones.
 
 A LoRA run has over a thousand small tensors; an archive entry for each would add more to the file than it says.
 """
@@ -6,6 +6,7 @@ A LoRA run has over a thousand small tensors; an archive entry for each would ad
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from glmft.errors import DamagedError
+from glmft.artefacts import HashedFile, SaveFailed, remove, write_folder
+from glmft.errors import DamagedError, UserError
 
+FILE = "trainer.ckpt"
 SMALL = 2**20  # bytes; larger tensors are stored as they are
 MARK = "<tensor>"  # (MARK, dtype, shape) stands in the tree for the next elements of that dtype
 
@@ -77,29 +80,48 @@ def _walk(node: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes and reads packed checkpoints; local files only, and never code out of them."""
+    """Writes and reads checkpoint folders: `trainer.ckpt`, packed, with a manifest of what it belongs to.
+
+    Local folders only, and never code out of them. A save that fails does not raise, since other ranks wait for this
+    one: `failure` holds it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure: SaveFailed | None = None
+        self._size = 0  # bytes of the last one
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        super().save_checkpoint(pack_tensors(checkpoint), path, storage_options)
+        facts = checkpoint["glmft"]
+        try:
+            write_folder(_local(path), partial(self._write, checkpoint), facts, needed=self._size)
+            self.failure = None
+        except SaveFailed as e:
+            self.failure = e
+
+    def _write(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, str]:
+        with (folder / FILE).open("wb") as f:
+            hashed = HashedFile(f)
+            torch.save(pack_tensors(checkpoint), hashed)  # type: ignore[arg-type]  # it only calls write
+            self._size = f.tell()
+        return {FILE: hashed.sha256}
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        return dict(unpack_tensors(_load(Path(path), map_location=map_location)))
+        file = _local(path) / FILE
+        try:
+            found = torch.load(file, weights_only=True, map_location=map_location)
+            tree = dict(unpack_tensors(found))
+            _ = [tree[key] for key in ("state_dict", "loops", "optimizer_states", "glmft")]
+        except Exception as e:
+            reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'empty'}"
+            raise DamagedError(f"{file}: not a checkpoint of this program ({reason})") from None
+        return tree
+
+    def remove_checkpoint(self, path: Any) -> None:
+        remove(_local(path))
 
 
-def check_readable(file: Path) -> None:
-    """Reads a checkpoint's structure, without its tensors.
-
-    Raises:
-        DamagedError: it is cut off, or no checkpoint of this program.
-    """
-    _load(file, map_location="meta", mmap=True)
-
-
-def _load(file: Path, **options: Any) -> dict[str, Any]:
-    try:
-        found = torch.load(file, weights_only=True, **options)
-        _ = found["small"], *(found["tree"][key] for key in ("state_dict", "loops", "glmft"))
-    except Exception as e:
-        reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'empty'}"
-        raise DamagedError(f"{file}: not a checkpoint to continue from ({reason}); remove it to start anew") from None
-    return dict(found)
+def _local(path: Any) -> Path:
+    if "://" in str(path):
+        raise UserError(f"{path}: checkpoints are read from local folders only")
+    return Path(path)

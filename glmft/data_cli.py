@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -16,9 +17,11 @@ from typing import get_args
 
 from glmft.caches import use_cache_dir
 from glmft.data import bench, tokens
+from glmft.data.corpus import registered_records
 from glmft.data.encoding import OnTooLong, Policies, TooLong, conversation_of, limit_length, supervise
 from glmft.data.packing import Schedule
 from glmft.data.preparation import places, prepare_set, source
+from glmft.data.reading import READERS
 from glmft.data.records import RecordError
 from glmft.data.registry import REGISTRY, DatasetEntry, describe, direct_file, find_dataset, read_registry, registries
 from glmft.data.report import lines, report
@@ -54,7 +57,8 @@ def find_entry(name: str, folder: str | None) -> DatasetEntry:
     Raises:
         UserError: neither is there.
     """
-    if "/" in name or Path(name).suffix or Path(name).exists():
+    named = any(name in read_registry(r) for r in registries(folder))
+    if not named and (Path(name).exists() or "/" in name or Path(name).suffix.lower() in READERS):
         return direct_file(name)
     return find_dataset(name, folder)
 
@@ -89,25 +93,28 @@ def add(options: argparse.Namespace) -> int:
         UserError: the file cannot be used, or the name is taken by another file.
         ProblemList: records that cannot be used.
     """
-    file, folder = options.file, options.dir
-    name, replace = options.name or file.stem, options.replace
-    entry = direct_file(str(file))
+    folder, replace = options.dir, options.replace
+    entry = direct_file(str(options.file))
+    file = entry.files[0] if len(entry.files) == 1 and not options.file.is_dir() else options.file
+    name = options.name or options.file.stem
     records = sum(1 for _ in conversations(entry, {}))
     registry = folder / REGISTRY
     entries = read_registry(registry) if registry.is_file() else {}
     target = file if file.resolve().is_relative_to(folder.resolve()) else folder / file.name
     file_name = target.resolve().relative_to(folder.resolve()).as_posix()
-    if entries.get(name, {}).get("file_name", file_name) != file_name and not replace:
-        raise UserError(
-            f"{registry}: '{name}' is there already, for {entries[name]['file_name']}; --replace changes it"
-        )
+    old = entries.get(name)
+    same = isinstance(old, dict) and old.get("file_name") == file_name
+    if old is not None and not same and not replace:
+        raise UserError(f"{registry}: '{name}' is there already: {json.dumps(old)}; --replace changes it")
     if target != file:
+        if file.is_dir():
+            raise UserError(f"{file}: a folder is not copied; put it below {folder}")
         if target.exists() and target.read_bytes() != file.read_bytes() and not replace:
             raise UserError(f"{target}: exists with other content; --replace overwrites it")
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
     formatting = {} if entry.formatting == "alpaca" else {"formatting": entry.formatting}
-    write_json(registry, entries | {name: {"file_name": file_name, **formatting}})
+    write_json(registry, entries | {name: (dict(old or {}) if same else {}) | {"file_name": file_name, **formatting}})
     print(f"{records} records of {file} are '{name}' in {registry}\nuse them: data.datasets=[{name}]")
     return 0
 
@@ -117,7 +124,9 @@ def check(options: argparse.Namespace) -> int:
     entry = find_entry(options.name, options.dir)
     policies = policies_of(options)
     Schedule(options.tokens_per_step, options.tokens_per_step, options.max_length)
-    found = report(prepare_set(entry, tokenizer_file(options.model), policies), options.tokens_per_step)
+    prepared = prepare_set(entry, tokenizer_file(options.model), policies)
+    registered_records(prepared, 0)
+    found = report(prepared, options.tokens_per_step)
     if options.json:
         print(json.dumps(found.to_json(), ensure_ascii=False, indent=2))
     else:
@@ -192,8 +201,12 @@ def convert(options: argparse.Namespace) -> int:
         out.write("" if as_lines else "\n]\n" if written else "[]\n")
         out.flush()
         os.fsync(out.fileno())
-        shutil.copyfile(out.name, part := target.with_name(f".{target.name}.part-{os.getpid()}"))
-        part.replace(target)
+        part = target.with_name(f".{target.name}.part-{os.getpid()}")
+        try:
+            shutil.copyfile(out.name, part)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
     print(f"{written} records of {entry.name} ({entry.formatting}) are in {target} ({options.to})")
     return 0
 
@@ -318,6 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, that of the command, or that of the error."""
     options = parser().parse_args(arguments)
     use_cache_dir()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no text
     if hasattr(options, "fill"):
         options.fill = dict(options.fill)
     try:
@@ -328,6 +343,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        print(f"glmft: {e.filename or options.command}: {e.strerror}", file=sys.stderr)
+        return UserError.exit_code
 
 
 if __name__ == "__main__":

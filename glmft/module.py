@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import lightning as L
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from glmft.data.collate import Batch
+from glmft.data.collate import Batch, split
 from glmft.data.datamodule import InstructionData
-from glmft.errors import DamagedError, GlmftError, ProblemList, UserError
+from glmft.errors import DamagedError, GlmftError, ProblemList
 from glmft.kernels import compiling
 from glmft.kernels.attention import has_varlen
 from glmft.kernels.loss import cross_entropy_sum
@@ -23,6 +24,26 @@ from glmft.optim import OptimizerFactory, SchedulerFactory
 from glmft.precision import DTYPE_OF
 from glmft.schema import Count, DtypeName, Name
 from glmft.strategies.base import Strategy
+
+MOST_PARTS = 64
+NAMED = 20  # records of a step that a message names
+
+
+class Spikes:
+    """Finds losses far above those before: more than six standard deviations, by running estimates."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.variance = 0, 0.0, 0.0
+
+    def seen(self, loss: float, weight: float = 0.95) -> bool:
+        """Takes the loss of a step; true where it is a spike."""
+        away = loss - self.mean
+        spike = self.count >= 20 and away > 6 * self.variance**0.5 and away > 0.2 * self.mean
+        self.count += 1
+        weight = min(weight, 1 - 1 / self.count)
+        self.mean += (1 - weight) * away
+        self.variance = weight * (self.variance + (1 - weight) * away**2)
+        return spike
 
 
 class TrainingStopped(GlmftError):
@@ -59,6 +80,7 @@ class FineTuner(L.LightningModule):
         gradient_checkpointing: keep only each layer's input and compute the rest again in the backward pass.
         compile_layers: compile each decoder layer; "auto" does so on a GPU with torch's variable-length attention, for
             runs that are long enough to gain by it.
+        skip_nonfinite: so many steps whose loss or gradient is not finite are skipped; the next one ends the run.
         seed: of dropout; every micro-batch is seeded by (seed, epoch, index).
     """
 
@@ -73,9 +95,11 @@ class FineTuner(L.LightningModule):
         dtype: DtypeName = "auto",
         gradient_checkpointing: bool = False,
         compile_layers: bool | Literal["auto"] = "auto",
+        skip_nonfinite: Count = 0,
         seed: Count = 0,
     ) -> None:
         super().__init__()
+        self.skip_nonfinite, self.spikes = skip_nonfinite, Spikes()
         self.path, self.source, self.revision, self.dtype_name = path, source, revision, dtype
         self.tuning, self.optimizer_factory, self.scheduler_factory = strategy, optimizer, scheduler
         self.gradient_checkpointing, self.compile_layers, self.seed = gradient_checkpointing, compile_layers, seed
@@ -83,6 +107,14 @@ class FineTuner(L.LightningModule):
         self.network: Any = None
         self.step_metrics: dict[str, float] | None = None
         self._step_loss: Tensor | float = 0.0
+        self.wants = {"stop": 0, "save": 0}  # of this rank: a signal's number, whether a save is due
+        self.agreed = dict(self.wants)  # of all ranks, as of the last step
+        self.validated: dict[str, Any] = {}  # the last validation's step and loss
+        self.facts: dict[str, Any] = {}  # what a checkpoint's manifest says it belongs to
+        self.skipped = 0
+        self._repeat = False  # the gradients of this step were dropped
+        self.parts = 1  # that a micro-batch is computed in, more where memory is short
+        self._window: list[Batch] = []  # micro-batches of the current optimizer step
         self._val_sums: dict[int, Tensor] = {}  # validation set -> [loss, supervised tokens]
 
     # ---- the model
@@ -150,12 +182,63 @@ class FineTuner(L.LightningModule):
         return cross_entropy_sum(rows, model.lm_head.weight, batch.targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The batch's share of the step's loss, or a zero without a graph where `backward` computes it in parts."""
+        if self.parts == 1:
+            try:
+                return self._share(batch)
+            except torch.OutOfMemoryError:
+                self._more_parts()
+        return torch.zeros((), device=self.device)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Where memory runs out, the gradients of the step so far are dropped, and its micro-batches are computed
+        again in parts: nothing is lost, and the sum is the same."""
+        again = self._repeat
+        if loss.requires_grad:
+            try:
+                loss.backward(*args, **kwargs)
+                return
+            except torch.OutOfMemoryError:
+                self._more_parts()
+                again = True
+        del loss
+        while True:
+            self._repeat = False
+            try:
+                for batch in self._window if again else self._window[-1:]:
+                    self._in_parts(batch)
+                return
+            except torch.OutOfMemoryError:
+                self._more_parts()
+                again = True
+
+    def _share(self, batch: Batch) -> Tensor:
         loss = self.loss_sum(batch) / batch.step_tokens
         self._step_loss = self._step_loss + loss.detach()
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
+    def _more_parts(self) -> None:
+        """After an out-of-memory error, which is raised again where nothing can be split: of several ranks, the others
+        would wait for gradients."""
+        if self.trainer.world_size > 1 or self.parts >= MOST_PARTS:
+            raise
+        self.parts, self._repeat = 2 * self.parts, True
+        print(f"glmft: out of memory: micro-batches are computed in {self.parts} parts from here on", flush=True)
+        for parameter in self.parameters():
+            parameter.grad = None
+        self._step_loss = 0.0
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _in_parts(self, batch: Batch) -> None:
+        for part in split(batch, self.parts):
+            share = self._share(part) / self.trainer.accumulate_grad_batches  # as Lightning does with a whole one
+            share.backward()  # type: ignore[no-untyped-call]
+            del share
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self.step_metrics = None
+        self._window.append(batch)
         torch.manual_seed(hash((self.seed, batch.epoch, batch.index)) % 2**63)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -196,12 +279,17 @@ class FineTuner(L.LightningModule):
         limit = gradient_clip_val if gradient_clip_val else float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
         seen = torch.stack([torch.as_tensor(self._step_loss, device=self.device).float(), norm.float()])
-        if self.trainer.world_size > 1:
-            seen = self._gathered(seen)
-            seen = torch.stack([seen[:, 0].sum(), seen[:, 1].max()])
-        loss, grad_norm = seen.tolist()
         self._step_loss = 0.0
+        if self.trainer.world_size > 1:
+            wants = seen.new_tensor([float(v) for v in self.wants.values()])
+            ranks = self._gathered(torch.cat([seen, wants]))  # [ranks, 4]
+            loss, grad_norm, *wanted = [*ranks[:, :1].sum(0).tolist(), *ranks[:, 1:].max(0).values.tolist()]
+            self.agreed = {k: int(v) for k, v in zip(self.wants, wanted, strict=True)}
+        else:
+            loss, grad_norm = seen.tolist()
+            self.agreed = dict(self.wants)
         self._guard(loss, grad_norm)
+        self._window.clear()
         lr = optimizer.param_groups[0]["lr"]
         self.step_metrics = {"train/loss": loss, "lr": lr, "grad_norm": grad_norm}
 
@@ -212,6 +300,7 @@ class FineTuner(L.LightningModule):
         return gathered
 
     def _guard(self, loss: float, grad_norm: float) -> None:
+        """Lets a step pass, skips it, or ends training before the weights change."""
         step = self.trainer.global_step + 1
         advice = "try a lower optimizer.lr, or trainer.gradient_clip_val=1.0"
         if loss == 0.0:
@@ -219,10 +308,30 @@ class FineTuner(L.LightningModule):
                 f"step {step}: the loss is exactly 0, so nothing can be learned; in half precision this is underflow: "
                 "use trainer.precision=bf16-true or 32-true"
             )
-        if not torch.isfinite(torch.tensor([loss, grad_norm])).all():
-            raise TrainingStopped(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite. Weights are as before it; {advice}"
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            if self.spikes.seen(loss):
+                print(f"glmft: step {step}: loss {loss:.4g} is far above the {self.spikes.mean:.4g} before", flush=True)
+            return
+        what = f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite"
+        records = self._records_of_window()
+        if self.skipped < self.skip_nonfinite:
+            self.skipped += 1
+            for parameter in self.parameters():
+                parameter.grad = None  # optimizers leave out what has no gradient
+            print(
+                f"glmft: {what}; skipped ({self.skipped} of {self.skip_nonfinite}). It learned from {records}",
+                flush=True,
             )
+            return
+        raise TrainingStopped(f"{what}. Weights are as before it; {advice}. It learned from {records}")
+
+    def _records_of_window(self) -> str:
+        """Where the records of the current optimizer step stand, on all ranks."""
+        if not self._window:
+            return "no record"
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        found = data.sources(self._window[0].epoch, self._window[0].index, self.trainer.world_size)
+        return ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if self.step_metrics is not None:
@@ -231,23 +340,33 @@ class FineTuner(L.LightningModule):
     # ---- checkpoints hold what was trained
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["glmft"] = {"micro_batches": self._micro_batches()}
+        """The part of the checkpoint that its manifest repeats."""
+        step = self.trainer.global_step
+        loss = self.validated["val/loss"] if self.validated.get("step") == step else None
+        checkpoint["glmft"] = {
+            "step": step,
+            "val/loss": loss,
+            "accumulate": self.trainer.accumulate_grad_batches,
+            "world_size": self.trainer.world_size,
+            **self.facts,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's counters are in micro-batches, so a run goes on with the micro-batches it was cut into.
-
-        Raises:
-            UserError: another data.tokens_per_batch or number of devices.
-        """
-        before, now = checkpoint["glmft"]["micro_batches"], self._micro_batches()
-        if before != now:
-            raise UserError(
-                f"the checkpoint was made with {before} micro-batches a step, this run has {now}; "
-                "set data.tokens_per_batch and trainer.devices as they were"
-            )
-
-    def _micro_batches(self) -> int:
-        return self.trainer.accumulate_grad_batches * self.trainer.world_size
+        """Lightning counts micro-batches of a rank: where a step is cut into another number of them, its counters are
+        written anew from the optimizer steps of the epoch."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        before, now = checkpoint["glmft"], data.schedule(self.trainer.world_size)
+        if (before["accumulate"], before["world_size"]) == (now.accumulate, self.trainer.world_size):
+            return
+        steps = data.steps_per_epoch(self.trainer.world_size)
+        epochs, step = divmod(before["step"], steps)
+        whole = now.num_batches(data.num_rows)
+        for name, batches in (("current", step * now.accumulate), ("total", epochs * whole + step * now.accumulate)):
+            at_end = name == "current" and step == 0 and progress[name]["ready"] > 0
+            for key in ("ready", "started", "processed", "completed"):
+                behind = progress[name]["ready"] - progress[name][key]  # saved before Lightning counted the last one
+                progress[name][key] = max((whole if at_end else batches) - behind, 0)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained parameters only."""

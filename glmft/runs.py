@@ -25,7 +25,8 @@ from typing import Any, Literal, TextIO
 import psutil
 
 from glmft import __version__
-from glmft.errors import UserError
+from glmft.artefacts import read_manifest, verify
+from glmft.errors import DamagedError, UserError
 from glmft.files import append_jsonl, read_json, write_atomic, write_json
 
 State = Literal["starting", "running", "validating", "saving", "done", "stopped", "failed"]
@@ -76,20 +77,45 @@ class Run:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    @property
-    def last_checkpoint(self) -> Path | None:
-        """Where a run of the same name goes on."""
-        file = self.checkpoints / "last.ckpt"
-        return file if file.is_file() else None
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after so many optimizer steps."""
+        return self.checkpoints / f"step-{step:07d}"
+
+    def manifests(self) -> dict[int, dict[str, Any]]:
+        """step -> what its checkpoint's manifest says; those without a readable one are left out."""
+        found = {}
+        for folder in self.checkpoints.glob("step-*"):
+            with contextlib.suppress(DamagedError):
+                manifest = read_manifest(folder)
+                found[int(manifest["step"])] = manifest
+        return found
+
+    def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """(the verified checkpoint of the highest step, what is wrong with newer ones)."""
+        problems: list[str] = []
+        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            try:
+                verify(folder)
+                return folder, problems
+            except DamagedError as e:
+                problems.append(str(e))
+        return None, problems
+
+    def check_free(self) -> None:
+        """Nothing but a run may be in the folder.
+
+        Raises:
+            UserError: it holds something else.
+        """
+        if self.path.exists() and not self.exists and any(p.name != ".lock" for p in self.path.iterdir()):
+            raise UserError(f"{self.path}: exists and is not a run of glmft; choose another run.name")
 
     def start(self, yaml_files: dict[str, str], command: str, device: str) -> None:
         """Makes the directory, with what was asked and where it runs; status is "starting".
 
         Raises:
-            UserError: the folder cannot be written, or holds something that is no run.
+            UserError: the folder cannot be written.
         """
-        if self.path.exists() and not self.exists and any(self.path.iterdir()):
-            raise UserError(f"{self.path}: exists and is not a run of glmft; choose another run.name")
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for name, content in yaml_files.items():

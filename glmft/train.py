@@ -10,16 +10,19 @@ import os
 import sys
 import traceback
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, open_dict
 
 from glmft import config, runs
+from glmft.artefacts import read_manifest, remove_leftovers
 from glmft.data.corpus import CorpusSpec, prepare
 from glmft.data.packing import Schedule
 from glmft.data.registry import direct_file, find_datasets
-from glmft.errors import ProblemList, ResourceError, UserError
+from glmft.errors import DamagedError, ProblemList, ResourceError, UserError
 from glmft.files import read_json
+from glmft.locks import RunLock
 from glmft.models import hub, published
 from glmft.models.tokenizer import load_tokenizer
 from glmft.quiet import quiet_libraries
@@ -32,6 +35,7 @@ TOPS = (
     *("model", "strategy", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger"),
     *("run", "resume", "seed", "metric", "paths"),
 )
+FACTS = {"base": "base model", "data": "training records"}  # that a checkpoint belongs to
 LESS_MEMORY = (
     "less memory, cheapest first: data.tokens_per_batch=2048, model.gradient_checkpointing=true, strategy=qlora, "
     "optimizer=adamw_8bit (full)"
@@ -42,12 +46,15 @@ def main(cfg: DictConfig) -> float | None:
     """One run; returns the metric that a sweep optimises."""
     config.check(cfg, TOPS)
     run = name_run(cfg)
-    if is_main_process():
-        complete, metric = already_done(cfg, run)
-        if complete:
-            return metric
-        check_inputs(cfg)
-    return train(cfg, run)
+    if not is_main_process():
+        return train(cfg, run, run.newest_checkpoint()[0], {})
+    complete, metric = already_done(cfg, run)
+    if complete:
+        return metric
+    facts = check_inputs(cfg)
+    run.check_free()
+    with RunLock(run.path):
+        return train(cfg, run, checkpoint_to_continue(run, facts), facts)
 
 
 def is_main_process() -> bool:
@@ -111,8 +118,37 @@ def already_done(cfg: DictConfig, run: Run) -> tuple[bool, float | None]:
     return False, None
 
 
-def check_inputs(cfg: DictConfig) -> None:
+def checkpoint_to_continue(run: Run, facts: dict[str, str]) -> Path | None:
+    """The newest checkpoint that is whole; None for a new run. Says what is wrong with newer ones.
+
+    Raises:
+        DamagedError: there are checkpoints, and none of them is whole.
+        ProblemList: it was made with another base model or other data.
+    """
+    remove_leftovers(run.checkpoints)
+    folder, damaged = run.newest_checkpoint()
+    if folder is None and damaged:
+        told = "\n  - ".join(damaged)
+        raise DamagedError(
+            f"{run.checkpoints}: no checkpoint to continue from; remove the run to start anew\n  - {told}"
+        )
+    if folder is None:
+        return None
+    manifest = read_manifest(folder)
+    for problem in damaged:
+        print(f"glmft: {problem}: going on from step {manifest['step']} instead", flush=True)
+    changed = [
+        f"{what}: {manifest.get(key)} -> {facts[key]}" for key, what in FACTS.items() if manifest.get(key) != facts[key]
+    ]
+    if changed:
+        title = f"run.name={run.path.name}: {folder.name} was made with something else; choose another run.name"
+        raise ProblemList(title, changed)
+    return folder
+
+
+def check_inputs(cfg: DictConfig) -> dict[str, str]:
     """Model folder, data and token budgets, before torch is imported; downloads a hub model where that is needed.
+    Returns fingerprints of what a checkpoint belongs to.
 
     Raises:
         GlmftError: what is missing or does not fit, model and data together.
@@ -136,36 +172,38 @@ def check_inputs(cfg: DictConfig) -> None:
     if data["max_length"] > model.seq_length:
         raise UserError(f"data.max_length={data['max_length']}: the model reads {model.seq_length} tokens at most")
     Schedule(data["tokens_per_step"], data["tokens_per_batch"], data["max_length"])
-    prepare(CorpusSpec.of(folder, **data | {"replay": None}))  # its records are made with the model
+    corpus = prepare(CorpusSpec.of(folder, **data | {"replay": None}))  # its records are made with the model
+    return {"base": published.fingerprint(folder), "data": corpus.fingerprint()}
 
 
-def train(cfg: DictConfig, run: Run) -> float | None:
+def train(cfg: DictConfig, run: Run, checkpoint: Path | None, facts: dict[str, str]) -> float | None:
     """Instantiates the pieces, fits, and writes what remains."""
     import lightning as L
 
     from glmft.callbacks import find_callback
     from glmft.callbacks.record import RunRecord
-    from glmft.checkpoints import check_readable
+    from glmft.callbacks.stop import GracefulStop
     from glmft.loggers import WandB
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     quiet_libraries()
-    if run.last_checkpoint:
-        check_readable(run.last_checkpoint)
-    trainer, tuner, data = build(cfg)
+    stop = GracefulStop()
+    trainer, tuner, data = build(cfg, stop)
+    tuner.facts = facts
     record = find_callback(trainer, RunRecord)
     if record is None:
         raise UserError("callbacks.record=null: the run record cannot be left out")
+    command = config.command({"run.name": run.path.name})
     if trainer.is_global_zero:
-        command = config.command({"run.name": run.path.name})
         run.start(config.yaml_files(cfg), command, str(trainer.strategy.root_device))
     failed: BaseException | None = None
+    stop.install()
     try:
         with runs.logged(run) if trainer.is_global_zero else nullcontext():
             trainer.loggers = config.instantiate_all(cfg.logger)  # they write into the run directory
             for logger in trainer.loggers:
                 logger.log_hyperparams(config.plain(cfg))
-            trainer.fit(tuner, data, ckpt_path=run.last_checkpoint, weights_only=True)
+            trainer.fit(tuner, data, ckpt_path=checkpoint, weights_only=True)
             if not record.ended:  # the checkpoint was the last of the run: no step was left, the rest was
                 tuner.to(trainer.strategy.root_device)
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -175,9 +213,15 @@ def train(cfg: DictConfig, run: Run) -> float | None:
         failed = as_failure(e, trainer)
         raise failed from None
     finally:
+        stop.restore()
         if failed and trainer.is_global_zero:
-            state: runs.State = "stopped" if isinstance(failed, (SystemExit, KeyboardInterrupt)) else "failed"
-            record.fail(state, str(failed) or type(failed).__name__)
+            stopped = isinstance(failed, (SystemExit, KeyboardInterrupt))
+            reason = stop.signal.name if stop.signal else str(failed) or type(failed).__name__
+            record.fail("stopped" if stopped else "failed", reason)
+            if stopped:
+                print(
+                    f"glmft: stopped ({reason}) after step {trainer.global_step}; to go on:\n    {command}", flush=True
+                )
             with (run.path / "run.log").open("a", encoding="utf-8") as log:
                 log.write("".join(traceback.format_exception(failed)))
         for logger in trainer.loggers:
@@ -186,20 +230,17 @@ def train(cfg: DictConfig, run: Run) -> float | None:
 
 
 def as_failure(e: BaseException, trainer: L.Trainer) -> BaseException:
-    """What a failure means to the user: out of memory with what helps, and signals, which Lightning turns into a
-    SystemExit, with their exit codes."""
+    """What a failure means to the user. Lightning turns Ctrl-C into exit(1)."""
     import torch
 
     if isinstance(e, torch.OutOfMemoryError):
         return ResourceError(f"out of memory: {str(e).splitlines()[0]}\n{LESS_MEMORY}")
-    if isinstance(e, SystemExit) and trainer.received_sigterm:
-        return SystemExit(143)
-    if isinstance(e, SystemExit) and trainer.interrupted:
+    if isinstance(e, SystemExit) and trainer.interrupted and e.code == 1:
         return KeyboardInterrupt()
     return e
 
 
-def build(cfg: DictConfig) -> tuple[L.Trainer, Any, Any]:
+def build(cfg: DictConfig, stop: Any) -> tuple[L.Trainer, Any, Any]:
     """(trainer, tuner, data), with the strategy checked against the model's configuration."""
     import torch
 
@@ -220,7 +261,7 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any, Any]:
     trainer = config.instantiate(
         {k: v for k, v in cfg.trainer.items() if k != "precision"},
         plugins=[precision.plugin(name), CheckpointFiles()],
-        callbacks=config.instantiate_all(cfg.callbacks),
+        callbacks=[*config.instantiate_all(cfg.callbacks), stop],
         logger=False,
     )
     trainer.accumulate_grad_batches = data.schedule(trainer.world_size).accumulate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glmft.checkpoints import CheckpointFiles, check_readable, pack_tensors, unpack_tensors
+from glmft.checkpoints import FILE, CheckpointFiles, pack_tensors, unpack_tensors
 from glmft.errors import DamagedError
 
 
@@ -26,8 +26,8 @@ def tree() -> dict:
 
 
 def test_what_goes_in_comes_out(tmp_path):
-    CheckpointFiles().save_checkpoint(tree(), tmp_path / "a.ckpt")
-    found = CheckpointFiles().load_checkpoint(tmp_path / "a.ckpt")
+    CheckpointFiles().save_checkpoint(tree(), tmp_path / "a")
+    found = CheckpointFiles().load_checkpoint(tmp_path / "a")
     assert str(found) == str(tree())
     for key in ("a", "b", "large"):
         assert torch.equal(found["state_dict"][key], tree()["state_dict"][key])
@@ -65,15 +65,16 @@ def test_the_6b_lora_checkpoint_is_below_200_mb(tmp_path):
                 moments = {"exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape)}
                 optimizer[len(optimizer)] = {"step": torch.tensor(1.0), **moments}
     checkpoint = {"state_dict": state, "optimizer_states": [{"state": optimizer}], "loops": {}, "glmft": {}}
-    CheckpointFiles().save_checkpoint(checkpoint, tmp_path / "a.ckpt")
+    CheckpointFiles().save_checkpoint(checkpoint, tmp_path / "a")
     numbers = 3 * sum(t.numel() * 4 for t in state.values())
-    size = (tmp_path / "a.ckpt").stat().st_size
+    size = (tmp_path / "a" / FILE).stat().st_size
     print(f"{size:,} bytes, of which {numbers:,} are numbers")
     assert numbers == 199_901_184
     assert size < 199_960_000
 
 
 def test_a_checkpoint_of_something_else_is_named(tmp_path):
-    torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
-    with pytest.raises(DamagedError, match=r"a\.ckpt: not a checkpoint to continue from"):
-        check_readable(tmp_path / "a.ckpt")
+    (tmp_path / "a").mkdir()
+    torch.save({"state_dict": {}}, tmp_path / "a" / FILE)
+    with pytest.raises(DamagedError, match=r"trainer\.ckpt: not a checkpoint of this program"):
+        CheckpointFiles().load_checkpoint(tmp_path / "a")

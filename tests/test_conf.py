@@ -42,7 +42,7 @@ def test_every_experiment_runs(train, experiment, tiny):
     result = train(f"experiment={experiment}", *small, *FAST, "run.name=e")
     assert result.code == 0, result.err
     run = result.folder / "runs" / "e"
-    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert (run / "checkpoints" / "step-0000002" / "manifest.json").is_file()
     assert (run / "summary.json").is_file()
 
 

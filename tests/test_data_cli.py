@@ -211,3 +211,30 @@ def test_this_machine_is_fast_enough(capsys):
     assert found["loader"]["tokens_per_sec"] > 20 * 20_000
     assert found["read"]["memory_mb"] < 350
     assert found["prepare"]["memory_mb"] + 2 * found["prepare"]["memory_mb_largest_worker"] < 1500
+
+
+@share("data")
+def test_adding_never_overwrites_by_itself(capsys):
+    Path("data").mkdir()
+    known = {"far": {"hf_hub_url": "x/y"}, "mine": {"file_name": "mine.json", "num_samples": 1}}
+    Path("data/dataset_info.json").write_text(json.dumps(known))
+    assert "'far' is there already" in run(capsys, "add", "mine.json", "--name", "far")[2]
+    assert run(capsys, "add", "mine.json", "--name", "mine")[0] == 0
+    assert registry()["mine"] == {"file_name": "mine.json", "num_samples": 1}
+    Path("mine.json").unlink()  # found in ./data, like everywhere
+    assert run(capsys, "add", "mine.json", "--name", "again")[0] == 0
+    Path("folder").mkdir()
+    write("folder/a.json", GOOD)
+    assert "a folder is not copied" in run(capsys, "add", "folder")[2]
+    code, _, err = run(capsys, "add", "data/mine.json", "--name", "x", "--dir", "data/dataset_info.json")
+    assert (code, "Traceback" in err) == (2, False)
+
+
+@share("data")
+def test_the_report_names_the_file_that_was_asked_for(capsys):
+    write("old.json", MIXED)
+    run(capsys, "check", "old.json")
+    Path("old.json").rename("new.json")
+    out = run(capsys, "check", "new.json")[1]
+    assert "new.json: record 2: 'output' is empty" in out
+    assert "old.json" not in out

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -220,18 +216,6 @@ def test_a_folder_that_is_no_run_is_left_alone(train):
     assert [p.name for p in Path("runs/mine").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a checkpoint"])
-def test_a_damaged_checkpoint_is_named(train, damage):
-    assert train("run.name=a", *FAST).code == 0
-    file = Path("runs/a/checkpoints/last.ckpt")
-    (Path("runs/a/status.json")).unlink()
-    file.write_bytes(damage(file.read_bytes()))
-    result = train("run.name=a", *FAST)
-    assert result.code == 3
-    assert "last.ckpt: not a checkpoint to continue from" in result.err
-    assert "Traceback" not in result.err
-
-
 def test_a_loss_that_is_not_finite_says_so(train):
     result = train("run.name=a", *FAST, "optimizer.lr=1e30", "trainer.max_steps=6", "trainer.gradient_clip_val=null")
     assert result.code == 1
@@ -271,20 +255,3 @@ def test_a_run_stopped_after_its_last_step_is_finished_by_the_same_command(train
     summary = json.loads(Path("runs/a/summary.json").read_text())
     assert summary["val/loss best"] > 0
     assert summary["tokens_per_sec"] > 0
-
-
-@pytest.mark.slow
-def test_sigterm_ends_with_143(tmp_path):
-    command = [sys.executable, "-m", "glmft.train", "run.name=a", "trainer.max_epochs=500"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    status = tmp_path / "runs" / "a" / "status.json"
-    try:
-        for _ in range(300):
-            if status.is_file() and json.loads(status.read_text())["state"] == "running":
-                break
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 143
-    finally:
-        process.kill()
-    assert json.loads(status.read_text())["state"] == "stopped"

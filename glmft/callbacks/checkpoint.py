@@ -1,87 +1,114 @@
-"""Lightning checkpoints: the best by validation loss, and the last."""
+"""Checkpoints of a run: the newest and the best by validation loss, each a verified folder."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import time
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from glmft.artefacts import remove
+from glmft.checkpoints import CheckpointFiles
 from glmft.module import FineTuner
-from glmft.schema import Positive
+from glmft.runs import Run
+from glmft.schema import Positive, Rate
+
+FAILURES = 3  # saves in a row that may fail before the run ends
 
 
 class Checkpoints(Checkpoint):
-    """best.ckpt and last.ckpt, each with what was trained, the optimizer and the loops.
+    """Writes checkpoints/step-N: what was trained, the optimizer, the loops, and a manifest.
 
-    Lightning's ModelCheckpoint saves nothing between validations where it monitors the validation loss; here the last
-    checkpoint does not wait for a metric. Saves happen between optimizer steps only.
+    Saves happen between optimizer steps only. A new one is whole and verified before an older one is removed.
 
     Args:
-        dirpath: where they lie.
-        every_n_train_steps: optimizer steps between two saves of last.ckpt, besides those at each validation, at the
-            end of an epoch without validation, and at the end.
+        run_dir: the run directory.
+        every_n_train_steps: optimizer steps between two saves, besides those at each validation, at the end of an
+            epoch, and at the end.
+        every_minutes: longest time between two saves.
     """
 
-    def __init__(self, dirpath: str, every_n_train_steps: Positive | None = None) -> None:
-        self.folder, self.every_n_train_steps = Path(dirpath), every_n_train_steps
-        self.best: float | None = None
-        self._saved_step = -1
-        self._waiting = ""  # or "last", "best": to be saved at the end of the step
+    def __init__(
+        self, run_dir: str, every_n_train_steps: Positive | None = None, every_minutes: Rate | None = 10.0
+    ) -> None:
+        self.run, self.every_n_train_steps, self.every_minutes = Run(Path(run_dir)), every_n_train_steps, every_minutes
+        self.saved_step = -1
+        self._saved_at = time.monotonic()
+        self._failures = 0
+        self._waiting = False  # to be saved at the end of the step
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+    def on_train_start(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
+        self._saved_at = time.monotonic()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
-
-    def on_train_batch_end(self, trainer: L.Trainer, tuner: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, tuner: L.LightningModule, *args: object) -> None:
         assert isinstance(tuner, FineTuner)
-        if tuner.step_metrics is None:  # in the middle of an optimizer step
+        if self.every_minutes and time.monotonic() - self._saved_at > 60 * self.every_minutes:
+            tuner.wants["save"] = 1  # ranks agree on it, since their clocks differ
+
+    def on_train_batch_end(self, trainer: L.Trainer, tuner: L.LightningModule, *args: object) -> None:
+        assert isinstance(tuner, FineTuner)
+        if tuner.step_metrics is None or at_last_batch(trainer):  # mid-step; the end of an epoch saves by itself
             return
-        due = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
+        due = tuner.agreed["save"] or (self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0)
         if due or self._waiting:
-            self._save(trainer)
-        if self._waiting == "best":
-            self._keep_as_best(trainer)
-        self._waiting = ""
+            self.save(trainer)
+            tuner.wants["save"] = 0
 
     def on_validation_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
         loss = trainer.callback_metrics.get("val/loss")
         if trainer.sanity_checking or loss is None:
             return
-        better = self.best is None or float(loss) < self.best
-        self.best = float(loss) if better else self.best
+        assert isinstance(tuner, FineTuner)
+        tuner.validated = {"step": trainer.global_step, "val/loss": float(loss)}
         if trainer.fit_loop._should_accumulate():  # validated in the middle of a step: saved at its end
-            self._waiting = "best" if better else "last"
-            return
-        self._save(trainer)
-        if better:
-            self._keep_as_best(trainer)
+            self._waiting = True
+        else:
+            self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
-        if self._saved_step != trainer.global_step:
-            self._save(trainer)
+        self.save_once(trainer)
 
     def on_train_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
-        if self._saved_step != trainer.global_step:
-            self._save(trainer)
+        self.save_once(trainer)
 
-    def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.folder / "last.ckpt")
-        self._saved_step = trainer.global_step
+    def save_once(self, trainer: L.Trainer) -> None:
+        """Saves, unless this step is saved already."""
+        if self.saved_step != trainer.global_step:
+            self.save(trainer)
 
-    def _keep_as_best(self, trainer: L.Trainer) -> None:
-        """best.ckpt becomes another name of the file just written: saving replaces files, it never changes them."""
+    def save(self, trainer: L.Trainer) -> None:
+        """Saves now; then older checkpoints are removed, but the best.
+
+        Raises:
+            SaveFailed: for the third time in a row; until then it is said, and tried again at the next time.
+        """
+        self._waiting, self._saved_at = False, time.monotonic()
+        trainer.save_checkpoint(self.run.checkpoint(trainer.global_step))
         if not trainer.is_global_zero:
+            self.saved_step = trainer.global_step
             return
-        part = self.folder / ".best.part"
-        part.unlink(missing_ok=True)
-        try:
-            os.link(self.folder / "last.ckpt", part)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(self.folder / "last.ckpt", part)
-        part.replace(self.folder / "best.ckpt")
+        files = trainer.strategy.checkpoint_io
+        assert isinstance(files, CheckpointFiles)
+        if files.failure is not None:
+            self._failures += 1
+            if self._failures == FAILURES:
+                raise files.failure
+            print(f"glmft: {files.failure}; the run goes on and tries again", flush=True)
+            return
+        self.saved_step, self._failures = trainer.global_step, 0
+        self._rotate()
+
+    def _rotate(self) -> None:
+        """Keeps the newest and the best."""
+        found = self.run.manifests()
+        scored = [(m["val/loss"], -step) for step, m in found.items() if m.get("val/loss") is not None]
+        best = -min(scored)[1] if scored else None
+        for step in sorted(found)[:-1]:
+            if step != best:
+                remove(self.run.checkpoint(step))
+
+
+def at_last_batch(trainer: L.Trainer) -> bool:
+    """The epoch, or the run, ends with this batch."""
+    return trainer.fit_loop.epoch_loop._is_training_done

@@ -50,7 +50,14 @@ class Panels(L.Callback):
             )
 
 
-NOTED = ("split", "replayed", "duplicates", "overlap", "damaged")  # counts that are shown where they are not 0
+NOTED = (
+    "split",
+    "shortened",
+    "replayed",
+    "duplicates",
+    "overlap",
+    "damaged",
+)  # counts that are shown where they are not 0
 
 
 def start_rows(trainer: L.Trainer, tuner: FineTuner, data: InstructionData) -> dict[str, str]:

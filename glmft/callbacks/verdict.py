@@ -120,8 +120,8 @@ class GiveVerdict(L.Callback):
         corpus = data.corpus
         chosen = {"training": self._sampled(corpus, [corpus.own], rng)}
         chosen["validation"] = self._sampled(corpus, list(corpus.validation.values()), rng)
-        pairs = {k: [as_pair(tuner.tokenizer, c) for c in v] for k, v in chosen.items() if v}
         longest = data.max_length
+        pairs = {k: [as_pair(tuner.tokenizer, c, longest) for c in v] for k, v in chosen.items() if v}
         self._sets = {k: kept for k, v in pairs.items() if (kept := [p for p in v if len(p[0]) + len(p[1]) <= longest])}
         if "validation" not in pairs:
             self._missing.append("validation: there are no held-out records (data.val_fraction=0.1)")
@@ -197,9 +197,19 @@ class GiveVerdict(L.Callback):
         )
 
 
-def as_pair(tokenizer: ChatGLM3Tokenizer, conversation: Conversation) -> Pair:
-    """The last answer of a conversation and what asks for it, in the layout of inference."""
-    return tokenizer.encode_prompt(conversation.prompt), tokenizer.encode_answer(conversation.messages[-1])
+def as_pair(tokenizer: ChatGLM3Tokenizer, conversation: Conversation, max_length: int) -> Pair:
+    """The last answer that is learned and what asks for it, in the layout of inference; without the earlier turns
+    where it would be longer than `max_length` with them."""
+    messages = conversation.messages
+    answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
+    last = next((i for i in reversed(answers) if messages[i].learns), answers[-1])
+    answer = tokenizer.encode_answer(messages[last])
+    prompt = tokenizer.encode_prompt(messages[:last])
+    if len(prompt) + len(answer) > max_length:
+        question = max(i for i in range(last) if messages[i].role == "user")
+        system = messages[: messages[0].role == "system"]
+        prompt = tokenizer.encode_prompt([*system, *messages[question:last]])
+    return prompt, answer
 
 
 def starts_alike(tokenizer: ChatGLM3Tokenizer, ids: list[int]) -> bool:

@@ -6,7 +6,8 @@ Shapes: T tokens of a packed row, B samples x L tokens padded, N supervised toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -105,3 +106,33 @@ def pad(samples: Sequence[Arrays], pad_id: int = 0, **where: int) -> dict[str, A
         "num_tokens": sum(len(t) for t, _ in samples),
         **where,
     }
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """The documents (or rows) of a batch in up to so many batches of about equal size; together they are the same."""
+    if batch.cu_seqlens is None:
+        rows, length = batch.input_ids.shape
+        cuts = [round(i * rows / min(parts, rows)) for i in range(min(parts, rows) + 1)]
+        pieces = [(slice(a, b), slice(None), None, a * length, b * length) for a, b in pairwise(cuts)]
+    else:
+        starts = batch.cu_seqlens.tolist()
+        even = np.linspace(0, starts[-1], parts + 1)
+        cuts = sorted({int(np.abs(np.asarray(starts) - at).argmin()) for at in even})  # documents at about even tokens
+        pieces = [
+            (slice(None), slice(starts[a], starts[b]), batch.cu_seqlens[a : b + 1] - starts[a], starts[a], starts[b])
+            for a, b in pairwise(cuts)
+        ]
+    out = []
+    for rows_of, tokens_of, cu_seqlens, start, end in pieces:
+        mine = (batch.loss_index >= start) & (batch.loss_index < end)
+        out.append(
+            replace(
+                batch,
+                input_ids=batch.input_ids[rows_of, tokens_of],
+                position_ids=batch.position_ids[rows_of, tokens_of],
+                cu_seqlens=cu_seqlens,
+                loss_index=batch.loss_index[mine] - start,
+                targets=batch.targets[mine],
+            )
+        )
+    return out

@@ -5,26 +5,27 @@ Needs SentencePiece and NumPy only: a run's data is checked before torch is impo
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from glmft.data.encoding import CUT, DAMAGE, SPLIT, OnBadRecord, OnTooLong, Policies
+from glmft.data.encoding import CUT, DAMAGE, SPLIT, SPLIT_LESS, OnBadRecord, OnTooLong, Policies
 from glmft.data.mixing import Mix, Samples, Until, choose, interleave, weights_of
 from glmft.data.preparation import PreparedSet, dropped, prepare_set
 from glmft.data.registry import DatasetEntry, direct_file, find_datasets
-from glmft.data.tokens import TokenStore
-from glmft.errors import ProblemList, UserError
+from glmft.errors import ProblemList, UserError, nearest
 from glmft.messages import Conversation
 
 LEAST_REPLAYED = 64  # records
-HELD_OUT = "held_out"
+HELD_OUT, REPLAY = "held_out", "replay"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,31 @@ class Corpus:
 
     def conversations(self, samples: Samples, chosen: Sequence[int]) -> list[Conversation]:
         """The conversations of some samples, by position; read again from the data files."""
+        return self._ask(PreparedSet.conversations, samples, chosen)
+
+    def sources(self, samples: Samples, chosen: Sequence[int]) -> list[str]:
+        """Where the records of some samples stand: `mine.json: record 7`."""
+        return self._ask(PreparedSet.sources, samples, chosen)
+
+    def _ask(
+        self, what: Callable[[PreparedSet, list[int]], list[T]], samples: Samples, chosen: Sequence[int]
+    ) -> list[T]:
         by_store = {id(s.store): s for s in self.sets}
-        found: dict[int, Conversation] = {}
+        found: dict[int, T] = {}
         for part, store in enumerate(samples.stores):
             mine = [i for i in chosen if samples.part[i] == part]
             if mine:
-                read = by_store[id(store)].conversations(samples.index[i] for i in mine)
+                read = what(by_store[id(store)], [int(samples.index[i]) for i in mine])
                 found |= dict(zip(mine, read, strict=True))
         return [found[i] for i in chosen]
 
+    def fingerprint(self) -> str:
+        """16 hex digits of the user's own training samples and their order."""
+        return hashlib.sha256(self.own.hashes().tobytes()).hexdigest()[:16]
+
     def report(self) -> dict[str, Any]:
         """Numbers for the start panel and the run record."""
-        reports = [s.report for s in self.sets]
+        reports = [s.report for s in self.sets if s.name != REPLAY]
         events = _sum(r["events"] for r in reports)
         hashes = self.own.distinct().hashes()
         held = [np.unique(s.hashes()) for s in self.validation.values()]
@@ -116,7 +130,8 @@ class Corpus:
             "validation": sum(map(len, self.validation.values())),
             "dropped": dict(_sum(map(dropped, reports))),
             "truncated": events[CUT],
-            "split": events[SPLIT],
+            "split": events[SPLIT] + events[SPLIT_LESS],
+            "shortened": events[SPLIT_LESS],
             "damaged": sum(events[k] for k in DAMAGE),
             "duplicates": len(hashes) - len(np.unique(hashes)),
             "overlap": int(sum(np.isin(h, hashes).sum() for h in held)),
@@ -130,7 +145,7 @@ class Corpus:
 
 def split_validation(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """(train, validation) positions of n records, by seed; both in their original order."""
-    size = round(n * fraction)
+    size = min(max(round(n * fraction), 1), n - 1) if fraction and n > 1 else 0
     chosen = set(random.Random(f"validation {seed}").sample(range(n), size))
     return [i for i in range(n) if i not in chosen], sorted(chosen)
 
@@ -148,7 +163,7 @@ def prepare(spec: CorpusSpec) -> Corpus:
     training = [_chosen(s, spec) for s in sets]
     held: list[np.ndarray] = []
     if spec.val_fraction:
-        training, held = _hold_out(training, spec)
+        training, held = _hold_out(sets, training, spec)
     if not any(map(len, training)):
         raise UserError(f"data: no record is left to train on ({_why_none(sets, held)})")
     if weights is not None:
@@ -163,20 +178,24 @@ def prepare(spec: CorpusSpec) -> Corpus:
     }
     replay = _replayed(sum(map(len, training)), spec) if spec.replay else None
     if replay is not None:
-        stores.append(replay[0])
+        stores.append(replay[0].store)
         training.append(replay[1])
     validation = {HELD_OUT: Samples.of([s.store for s in sets], held)} if held and any(map(len, held)) else {}
-    validation |= {s.name: Samples.of([s.store], [_chosen(s, spec)]) for s in val_sets if len(s.store)}
+    for s in val_sets:
+        if not len(s.store):
+            raise UserError(f"data.val_datasets: no record of '{s.name}' is left to validate on ({_why_none([s], [])})")
+        validation[s.name] = Samples.of([s.store], [_chosen(s, spec)])
     replayed = len(replay[1]) if replay else 0
-    return Corpus([*sets, *val_sets], Samples.of(stores, training), validation, replayed, per_set)
+    replay_sets = [replay[0]] if replay else []
+    return Corpus([*sets, *val_sets, *replay_sets], Samples.of(stores, training), validation, replayed, per_set)
 
 
-def _replayed(own: int, spec: CorpusSpec) -> tuple[TokenStore, np.ndarray] | None:
-    """The replay file's store and the samples that are mixed in: their share, but a few records need more."""
-    entry = DatasetEntry("replay", (Path(str(spec.replay)),))
-    store = prepare_set(entry, Path(spec.tokenizer), spec.policies, cache=spec.cache).store
+def _replayed(own: int, spec: CorpusSpec) -> tuple[PreparedSet, np.ndarray] | None:
+    """The replay file's set and the samples that are mixed in: their share, but a few records need more."""
+    entry = DatasetEntry(REPLAY, (Path(str(spec.replay)),))
+    replay = prepare_set(entry, Path(spec.tokenizer), spec.policies, cache=spec.cache)
     wanted = max(round(own * spec.replay_share / (1 - spec.replay_share)), LEAST_REPLAYED)
-    return store, choose(len(store), wanted, "replay", spec.seed)
+    return replay, choose(len(replay.store), wanted, "replay", spec.seed)
 
 
 def _find(spec: CorpusSpec) -> tuple[list[DatasetEntry], list[DatasetEntry]]:
@@ -192,7 +211,9 @@ def _find(spec: CorpusSpec) -> tuple[list[DatasetEntry], list[DatasetEntry]]:
         problems.append("data.datasets is empty and data.path is not given: there is nothing to train on")
     for names in ([e.name for e in entries], [e.name for e in val_entries]):
         if twice := [n for n, k in Counter(names).items() if k > 1]:
-            problems.append(f"data: '{twice[0]}' is named twice; data.mix=interleave can repeat a set")
+            problems.append(f"data: two sets are called '{twice[0]}'; leave one out or rename it")
+    if spec.val_fraction and HELD_OUT in spec.val_datasets:
+        problems.append(f"data.val_datasets: '{HELD_OUT}' is the name of what data.val_fraction holds out; rename it")
     if problems:
         raise ProblemList("data", problems)
     return entries, val_entries
@@ -217,35 +238,50 @@ def _prepare_all(
 
 
 def _chosen(prepared: PreparedSet, spec: CorpusSpec) -> np.ndarray:
-    """The samples of a set that are used: `num_samples` of the registry, then `max_samples`, each by seed.
+    """The samples of a set whose records are used: `num_samples` of the registry, then `max_samples`, each by seed.
 
     Raises:
         UserError: `num_samples` is more than there are, or `max_samples` names a set that is not used.
     """
-    n, asked = len(prepared.store), prepared.entry.num_samples
-    if asked is not None and asked > prepared.report["records"]:
-        raise UserError(
-            f"'{prepared.name}': num_samples is {asked}, but there are {prepared.report['records']} records"
-        )
-    chosen = choose(n, asked, f"num_samples {prepared.name}", spec.seed)
+    records = registered_records(prepared, spec.seed)
     limit = spec.max_samples
     if isinstance(limit, tuple):
         limits = {k: int(v) for k, v in limit}
-        if unknown := [k for k in limits if k not in (*spec.datasets, *spec.val_datasets)]:
-            raise UserError(f"data.max_samples: '{unknown[0]}' is none of the data sets")
+        known = (*spec.datasets, *spec.val_datasets, *([Path(spec.path).stem] if spec.path else []))
+        if unknown := [k for k in limits if k not in known]:
+            raise UserError(f"data.max_samples: '{unknown[0]}' is none of the data sets{nearest(unknown[0], known)}")
         limit = limits.get(prepared.name)
-    return chosen[choose(len(chosen), limit, prepared.name, spec.seed)]
+    kept = records[choose(len(records), limit, prepared.name, spec.seed)]
+    return np.flatnonzero(np.isin(prepared.store.records, kept))
 
 
-def _hold_out(training: list[np.ndarray], spec: CorpusSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    total = sum(map(len, training))
-    train, held = split_validation(total, spec.val_fraction, spec.seed)
-    ends = np.cumsum([0, *map(len, training)])
-    pick = [
-        [part[chosen[(chosen >= a) & (chosen < b)] - a] for part, a, b in zip(training, ends, ends[1:], strict=False)]
-        for chosen in (np.asarray(train, np.int64), np.asarray(held, np.int64))
-    ]
-    return pick[0], pick[1]
+def registered_records(prepared: PreparedSet, seed: int) -> np.ndarray:
+    """The records (positions) that `num_samples` of the registry leaves, of those that have a sample.
+
+    Raises:
+        UserError: it is more than there are records.
+    """
+    records, asked = np.unique(prepared.store.records), prepared.entry.num_samples
+    there = prepared.report["records"]
+    if asked is not None and asked > there:
+        raise UserError(f"'{prepared.name}': num_samples is {asked}, but there are {there} records")
+    return records[choose(len(records), asked, f"num_samples {prepared.name}", seed)]
+
+
+def _hold_out(
+    sets: Sequence[PreparedSet], training: Sequence[np.ndarray], spec: CorpusSpec
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(training, held out) samples of each set; all samples of a record are on the same side."""
+    records = [s.store.records[t] for s, t in zip(sets, training, strict=True)]
+    ids = [np.unique(r) for r in records]
+    ends = np.cumsum([0, *map(len, ids)])
+    held = np.asarray(split_validation(int(ends[-1]), spec.val_fraction, spec.seed)[1], np.int64)
+    out: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for mine, record, known, a, b in zip(training, records, ids, ends, ends[1:], strict=False):
+        chosen = np.isin(record, known[held[(held >= a) & (held < b)] - a])
+        out[0].append(mine[~chosen])
+        out[1].append(mine[chosen])
+    return out
 
 
 def _why_none(sets: Sequence[PreparedSet], held: Sequence[np.ndarray]) -> str:

@@ -191,11 +191,20 @@ class InstructionData(L.LightningDataModule):
 
     def steps_per_epoch(self, world_size: int = 1) -> int:
         """Optimizer steps of an epoch."""
-        return self.schedule(world_size).num_steps(self._num_rows)
+        return self.schedule(world_size).num_steps(self.num_rows)
 
     @cached_property
-    def _num_rows(self) -> int:
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
         return len(self.plan(self.corpus.train).rows(0))
+
+    def sources(self, epoch: int, index: int, world_size: int) -> list[str]:
+        """Where the records of an optimizer step stand: that of micro-batch `index` (over all ranks) of an epoch."""
+        schedule = self.schedule(world_size)
+        step = index // (schedule.accumulate * world_size)
+        rows = self.plan(self.corpus.train, world_size).rows(epoch)
+        chosen = rows[step * schedule.rows_per_step : (step + 1) * schedule.rows_per_step]
+        return self.corpus.sources(self.corpus.train, sorted(i for row in chosen for i in row))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None

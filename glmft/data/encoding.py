@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import numpy as np
 from glmft.data.formats import FORMATS
 from glmft.data.records import RecordError, check, kind_of
 from glmft.data.registry import DatasetEntry
+from glmft.errors import UserError
 from glmft.messages import Conversation, Message, Sample
 from glmft.models.tokenizer import ChatGLM3Tokenizer
 
@@ -33,6 +35,7 @@ FULL = 20  # problems of a chunk whose message is kept
 DROPPED = "dropped: "
 CUT = "cut at max_length"
 SPLIT = "split between turns"
+SPLIT_LESS = "split between turns, a turn longer than max_length left out"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Policies:
     train_on_prompt: bool = False
     mask_history: bool = False
     fill: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.train_on_prompt and self.mask_history:
+            raise UserError("data.train_on_prompt and data.mask_history contradict each other; choose one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,7 @@ class Chunk:
     records: np.ndarray
     hashes: np.ndarray
     seen: int
+    files: dict[int, int]  # file -> records seen
     problems: list[tuple[Place, str, str]] = field(default_factory=list)  # place, kind, message or ""
     events: list[tuple[Place, str]] = field(default_factory=list)  # dropped, cut, damaged
 
@@ -89,9 +97,9 @@ def conversation_of(
     if not isinstance(value, dict):
         raise RecordError("record not an object", f"is {kind_of(value)}, expected an object")
     messages = FORMATS[entry.formatting].convert(value, entry.columns, entry.tags)
-    check(messages)
     if fill:
         messages = [_filled(m, fill) for m in messages]
+    check(messages)
     return Conversation(tuple(messages), source)
 
 
@@ -134,10 +142,11 @@ def limit_length(
     if policy == "drop":
         return [], DROPPED + "longer than max_length"
     if policy == "split_turns":
-        parts = [s for s in _split(conversation, tokenizer, max_length) if s.num_supervised]
+        parts, left_out = _split(conversation, tokenizer, max_length)
+        parts = [s for s in parts if s.num_supervised]
         if not parts:
             return [], DROPPED + "a single turn is longer than max_length"
-        return parts, SPLIT
+        return parts, SPLIT_LESS if left_out else SPLIT
     answer = sample.input_ids.index(tokenizer.role_ids["assistant"]) + 1
     spans = [(s, min(e, max_length)) for s, e in sample.supervised if s < max_length]
     if not spans or spans[-1][1] <= answer:
@@ -145,27 +154,27 @@ def limit_length(
     return [Sample(sample.input_ids[: spans[-1][1]], spans, sample.source)], CUT
 
 
-def _split(conversation: Conversation, tokenizer: ChatGLM3Tokenizer, max_length: int) -> list[Sample]:
-    """Samples of as many whole rounds (a question and all that answers it) as fit, each with the system message."""
+def _split(conversation: Conversation, tokenizer: ChatGLM3Tokenizer, max_length: int) -> tuple[list[Sample], int]:
+    """(samples of as many whole rounds as fit, rounds that fit into none). A round is a question and all that answers
+    it; every sample has the system message."""
     system = [m for m in conversation.messages if m.role == "system"]
     rounds: list[list[Message]] = []
     for message in conversation.messages[len(system) :]:
         if message.role == "user":
             rounds.append([])
         rounds[-1].append(message)
-    out: list[Sample] = []
-    current: list[Message] = []
-    for turns in [*rounds, None]:
-        if turns is not None:
-            longer = tokenizer.encode_conversation(Conversation((*system, *current, *turns), conversation.source))
-            if len(longer) <= max_length:
-                current = [*current, *turns]
-                continue
-        if current:
-            out.append(tokenizer.encode_conversation(Conversation((*system, *current), conversation.source)))
-        fits = turns is not None and len(tokenizer.encode_conversation((*system, *turns))) <= max_length
-        current = list(turns) if turns is not None and fits else []
-    return out
+
+    def encoded(turns: Sequence[Message]) -> Sample:
+        return tokenizer.encode_conversation(Conversation((*system, *turns), conversation.source))
+
+    fitting = [r for r in rounds if len(encoded(r)) <= max_length]
+    groups: list[list[Message]] = []
+    for turns in fitting:
+        if groups and len(encoded([*groups[-1], *turns])) <= max_length:
+            groups[-1] += turns
+        else:
+            groups.append(list(turns))
+    return [encoded(g) for g in groups], len(rounds) - len(fitting)
 
 
 def encode_chunk(
@@ -197,7 +206,8 @@ def encode_chunk(
         if event:
             events.append((place, event))
         kept += [(position, s) for s in samples]
-    return _as_arrays(kept, len(records), problems, events)
+    files = Counter(place.file for _, place, _ in records)
+    return _as_arrays(kept, tokenizer.role_ids["assistant"], files, problems, events)
 
 
 def damage(conversation: Conversation) -> list[str]:
@@ -206,7 +216,9 @@ def damage(conversation: Conversation) -> list[str]:
     return [kind for kind, pattern in DAMAGE.items() if any(pattern.search(t) for t in texts)]
 
 
-def _as_arrays(kept: Sequence[tuple[int, Sample]], seen: int, problems: Any, events: Any) -> Chunk:
+def _as_arrays(
+    kept: Sequence[tuple[int, Sample]], assistant: int, files: Counter[int], problems: Any, events: Any
+) -> Chunk:
     flat = array("i")
     hashes = np.empty((len(kept), 2), np.uint64)
     lengths = np.fromiter((len(s) for _, s in kept), np.int32, len(kept))
@@ -217,7 +229,8 @@ def _as_arrays(kept: Sequence[tuple[int, Sample]], seen: int, problems: Any, eve
         for a, b in sample.supervised:
             supervised[start + a : start + b] = True
         data = memoryview(flat)[start:].tobytes()
-        hashes[i] = digest(data), digest(data[: 4 * sample.supervised[-1][0]])
+        prompt = _behind_last(sample.input_ids, assistant)
+        hashes[i] = digest(data), digest(data[: 4 * prompt])
         start += len(sample)
     return Chunk(
         ids=np.frombuffer(flat, np.int32),
@@ -226,10 +239,16 @@ def _as_arrays(kept: Sequence[tuple[int, Sample]], seen: int, problems: Any, eve
         num_supervised=np.fromiter((s.num_supervised for _, s in kept), np.int32, len(kept)),
         records=np.fromiter((r for r, _ in kept), np.int64, len(kept)),
         hashes=hashes,
-        seen=seen,
+        seen=files.total(),
+        files=dict(files),
         problems=problems,
         events=events,
     )
+
+
+def _behind_last(ids: Sequence[int], wanted: int) -> int:
+    """Position behind the last occurrence, 0 where there is none."""
+    return next((i + 1 for i in range(len(ids) - 1, -1, -1) if ids[i] == wanted), 0)
 
 
 def digest(data: bytes) -> int:

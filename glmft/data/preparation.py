@@ -7,6 +7,7 @@ follows from everything that decides its content: the data files, the tokenizer,
 from __future__ import annotations
 
 import atexit
+import bisect
 import functools
 import gc
 import hashlib
@@ -21,13 +22,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from glmft.data.encoding import DROPPED, Chunk, Place, Policies, conversation_of, encode_chunk
+from glmft.data.encoding import DROPPED, Chunk, Place, Policies, conversation_of, encode_chunk, supervise
 from glmft.data.reading import read_records
 from glmft.data.registry import DatasetEntry
 from glmft.data.tokens import NotWritable, TokenStore, TokenWriter, token_dir
@@ -64,13 +65,23 @@ class PreparedSet:
 
     def conversations(self, samples: Iterable[int]) -> list[Conversation]:
         """The conversations that samples were made from, in the order asked for; the files are read once more."""
+        fill = dict(self.policies.fill)
+        read = self._read(samples)
+        policies = (self.policies.train_on_prompt, self.policies.mask_history)
+        found = [conversation_of(value, self.entry, source(self.entry, place), fill) for place, value in read]
+        return [supervise(c, *policies) for c in found]
+
+    def sources(self, samples: Iterable[int]) -> list[str]:
+        """Where the records of samples stand."""
+        return [source(self.entry, place) for place, _ in self._read(samples)]
+
+    def _read(self, samples: Iterable[int]) -> list[tuple[Place, Any]]:
         wanted = [int(self.store.records[i]) for i in samples]
         missing = set(wanted)
-        found: dict[int, Conversation] = {}
-        fill = dict(self.policies.fill)
+        found: dict[int, tuple[Place, Any]] = {}
         for position, place, value in places(self.entry) if missing else ():
             if position in missing:
-                found[position] = conversation_of(value, self.entry, source(self.entry, place), fill)
+                found[position] = (place, value)
                 missing.discard(position)
                 if not missing:
                     break
@@ -279,16 +290,18 @@ class Tally:
         self.records = 0
         self.problems: Counter[str] = Counter()  # kind -> records
         self.events: Counter[str] = Counter()  # what -> records
-        self.numbers: dict[str, list[str]] = {}  # kind or what -> places, the first thousand
-        self.messages: list[str] = []
+        self.numbers: dict[str, list[list[int]]] = {}  # kind or what -> [file, number], the first thousand
+        self.messages: list[list[Any]] = []  # [file, number, line, message], the first twenty
+        self.files: Counter[int] = Counter()  # file -> records
 
     def add(self, chunk: Chunk) -> None:
         """Takes what a chunk noticed."""
         self.records += chunk.seen
+        self.files.update(chunk.files)
         for place, kind, message in chunk.problems:
             self._count(self.problems, kind, place)
             if message and len(self.messages) < ProblemList.SHOWN:
-                self.messages.append(f"{source(self.entry, place)}: {message}")
+                self.messages.append([*astuple(place), message])
         for place, what in chunk.events:
             self._count(self.events, what, place)
 
@@ -296,13 +309,13 @@ class Tally:
         counter[what] += 1
         numbers = self.numbers.setdefault(what, [])
         if len(numbers) < NUMBERS:
-            file = f"{self.entry.files[place.file].name}:" if len(self.entry.files) > 1 else ""
-            numbers.append(f"{file}{place.number}")
+            numbers.append([place.file, place.number])
 
     def report(self) -> dict[str, Any]:
         """As JSON values."""
         return {
             "records": self.records,
+            "files": [self.files[i] for i in range(len(self.entry.files))],
             "problems": dict(self.problems),
             "events": dict(self.events),
             "numbers": self.numbers,
@@ -311,14 +324,30 @@ class Tally:
 
     def refusal(self) -> ProblemList:
         """All problems in one message."""
-        return refusal(self.report())
+        bad = self.problems.total()
+        title = f"{bad} of {self.records} records cannot be used (data.on_bad_record=drop leaves them out)"
+        return ProblemList(title, messages(self.entry, self.report()), kinds=self.problems)
 
 
-def refusal(report: dict[str, Any]) -> ProblemList:
-    """The problems of a report as an error: the first in full, the rest counted by kind."""
-    bad = sum(report["problems"].values())
-    title = f"{bad} of {report['records']} records cannot be used (data.on_bad_record=drop leaves them out)"
-    return ProblemList(title, report["messages"], kinds=report["problems"])
+def messages(entry: DatasetEntry, report: dict[str, Any]) -> list[str]:
+    """The first problems of a report in full, with their places."""
+    return [f"{source(entry, Place(*place))}: {text}" for *place, text in report["messages"]]
+
+
+def numbers(entry: DatasetEntry, report: dict[str, Any]) -> dict[str, list[str]]:
+    """Record numbers of each finding, with the file's name where there are several."""
+    several = len(entry.files) > 1
+    return {
+        what: [f"{entry.files[file].name}:{number}" if several else str(number) for file, number in found]
+        for what, found in report["numbers"].items()
+    }
+
+
+def place_of(report: dict[str, Any], position: int) -> list[int]:
+    """[file, number] of a record by its position in the data set."""
+    ends = list(itertools.accumulate(report["files"]))
+    file = bisect.bisect_right(ends, position)
+    return [file, position - (ends[file - 1] if file else 0) + 1]
 
 
 def dropped(report: dict[str, Any]) -> dict[str, int]:

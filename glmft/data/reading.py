@@ -260,17 +260,19 @@ def _csv(file: Path) -> Read:
     csv.field_size_limit(RECORD_LIMIT)
     rows = csv.reader(_lines(file), delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
     try:
-        header = next(rows, None)
+        header = next((row for row in rows if row), None)
         if not header:
             raise UserError(f"{file}: empty; expected a row of column names, then records")
         if len(set(header)) != len(header) or not all(header):
             raise UserError(f"{file}:1: column names must be there and differ: {', '.join(header)}")
+        line = rows.line_num + 1  # where a row begins: its cells may hold line ends
         for row in rows:
             if row and len(row) != len(header):
                 problem = f"{len(row)} cells, but the header names {len(header)} columns"
-                yield rows.line_num, RecordError("ragged row", problem)
+                yield line, RecordError("ragged row", problem)
             elif row:
-                yield rows.line_num, dict(zip(header, row, strict=True))
+                yield line, dict(zip(header, row, strict=True))
+            line = rows.line_num + 1
     except csv.Error as e:
         raise UserError(f"{file}:{rows.line_num}: not valid CSV: {e}") from None
 
@@ -288,7 +290,7 @@ def _parquet(file: Path) -> Read:
     try:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
             yield from ((None, record) for record in batch.to_pylist())
-    except pyarrow.ArrowException as e:
+    except (pyarrow.ArrowException, OSError) as e:
         raise UserError(f"{file}: not a readable Parquet file: {_first_line(e)}") from None
 
 
@@ -304,7 +306,7 @@ def _arrow(file: Path) -> Read:
             for batch in batches:
                 for start in range(0, batch.num_rows, 1024):
                     yield from ((None, record) for record in batch.slice(start, 1024).to_pylist())
-    except pyarrow.ArrowException as e:
+    except (pyarrow.ArrowException, OSError) as e:
         raise UserError(f"{file}: not a readable Arrow file: {_first_line(e)}") from None
 
 

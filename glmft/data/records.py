@@ -21,7 +21,7 @@ class RecordError(ValueError):
     """A record that cannot be trained on: which key, what came, what is allowed. `kind` names the sort of problem."""
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # half of a surrogate pair is no text
         self.kind = kind
 
     def __reduce__(self) -> Any:
@@ -127,14 +127,21 @@ def check(messages: Sequence[Message]) -> None:
                 what = "answer" if message.role == "assistant" else "question"
                 raise RecordError(f"empty {what}", f"message {i} is an empty {what}")
             before = message
-        if found := CONTROL.search(message.content):
-            code = f"U+{ord(found.group()):04X}"
-            what = "half of a surrogate pair" if found.group() >= "\ud800" else "a control character"
-            at = f"message {i} ({message.role}), character {found.start() + 1}"
-            raise RecordError(what, f"{at}: {what} ({code}), which is no text; remove it")
+        _check_text(message.content, f"message {i} ({message.role})")
+        if message.metadata:
+            _check_text(message.metadata, f"metadata of message {i}")
+        if message.tools:
+            _check_text(json.dumps(message.tools, ensure_ascii=False), "tools")
     if before is None or before.role != "assistant":
         role = "system message" if before is None else before.role
         raise RecordError("no answer at the end", f"ends with the {role}: the last message must be an answer to learn")
+
+
+def _check_text(text: str, where: str) -> None:
+    if found := CONTROL.search(text):
+        what = "half of a surrogate pair" if found.group() >= "\ud800" else "a control character"
+        code = f"U+{ord(found.group()):04X}"
+        raise RecordError(what, f"{where}, character {found.start() + 1}: {what} ({code}), which is no text; remove it")
 
 
 def _check_turn(i: int, message: Message, before: Message | None) -> None:

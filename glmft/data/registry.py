@@ -24,6 +24,7 @@ HUBS = {
     "ms_hub_url": "modelscope download --dataset {repo} --local_dir data/{name}",
     "om_hub_url": "clone {repo} from modelers.cn into data/{name}",
 }
+NO_DATA = (REGISTRY, "state.json", "dataset_dict.json")  # of the `datasets` library
 PLAIN_TEXT = "plain text, which holds no answers to learn"
 TEXT_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
 OTHER_COLUMNS = {  # column -> why a set that has it is not used
@@ -183,7 +184,7 @@ def entry_of(registry: Path, name: str, value: Any) -> DatasetEntry:
     columns = _names(value, "columns", (*TEXT_COLUMNS, *OTHER_COLUMNS), where)
     tags = _names(value, "tags", TAGS, where)
     formatting = value.get("formatting", "alpaca")
-    if formatting not in FORMATS:
+    if not isinstance(formatting, str) or formatting not in FORMATS:
         near = nearest(str(formatting), FORMATS)
         raise UserError(f"{where}: formatting '{formatting}' is unknown{near} (allowed: {', '.join(FORMATS)})")
     if value.get("ranking"):
@@ -234,16 +235,23 @@ def _files_of(folder: Path, name: str, value: Mapping[str, Any], where: str) -> 
         raise MissingFile(f"{where}: {file}: no such file{fetch}")
     if file.is_file():
         return (file,)
-    return _data_files(file, where, value.get("folder"), value.get("subset"), value.get("split"))
+    names = [value.get(key) for key in ("folder", "subset", "split")]
+    for key, name_of in zip(("folder", "subset", "split"), names, strict=True):
+        if name_of is not None and not isinstance(name_of, str):
+            raise UserError(f"{where}: {key} is {name_of!r}, expected a name")
+    inside = file / (names[0] or "")
+    if not inside.resolve().is_relative_to(file.resolve()):
+        raise UserError(f"{where}: folder '{names[0]}' lies outside {file}")
+    if not inside.is_dir():
+        raise MissingFile(f"{where}: {inside}: no such folder")
+    return _data_files(inside, where, names[1], names[2])
 
 
-def _data_files(
-    top: Path, where: str, folder: str | None = None, subset: str | None = None, split: str | None = None
-) -> tuple[Path, ...]:
+def _data_files(top: Path, where: str, subset: str | None = None, split: str | None = None) -> tuple[Path, ...]:
     """The data files of a folder, as a downloaded hub repository has them: `subset` and `split` choose by names."""
-    top = top / folder if folder else top
-    below = [p for p in sorted(top.rglob("*")) if p.is_file() and not p.name.startswith(".") and p.name != REGISTRY]
-    files = [p for p in below if p.suffix in READERS and p.name not in ("state.json", "dataset_dict.json")]
+    below = [p for p in sorted(top.rglob("*")) if p.is_file() and p.name not in NO_DATA]
+    below = [p for p in below if not any(part.startswith(".") for part in p.relative_to(top).parts)]
+    files = [p for p in below if p.suffix.lower() in READERS]
     for key, wanted in (("subset", subset), ("split", split)):
         if wanted is None:
             continue
@@ -254,7 +262,7 @@ def _data_files(
         files = chosen or files
     if not files:
         raise UserError(f"{where}: {top}: no data file ({', '.join(READERS)}) in this folder")
-    kinds = sorted({p.suffix for p in files})
+    kinds = sorted({p.suffix.lower() for p in files})
     if len(kinds) > 1:
         raise UserError(f"{where}: {top} holds files of several types: {', '.join(kinds)}; keep one of them")
     return tuple(files)
@@ -275,7 +283,7 @@ def describe(registry: Path) -> dict[str, tuple[str, str]]:
             out[name] = ("usable", f"{entry.formatting}, {', '.join(f.name for f in entry.files[:3])}")
         except UserError as e:
             status = next((s for c, s in classes.items() if isinstance(e, c)), "wrong")
-            if status in ("needs network", "missing") and list(value.get("columns", ())) == ["prompt"]:
+            if status in ("needs network", "missing") and list(value.get("columns") or ()) == ["prompt"]:
                 out[name] = ("unsupported", f"its columns name a prompt and no response: {PLAIN_TEXT}")
                 continue
             out[name] = (status, str(e).removeprefix(f"{registry}: '{name}'").removeprefix(": ").strip())

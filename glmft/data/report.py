@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from glmft.data.encoding import CUT, DAMAGE, DROPPED, SPLIT
+from glmft.data.encoding import CUT, DAMAGE, DROPPED, SPLIT, SPLIT_LESS
 from glmft.data.packing import Schedule, plan_rows
-from glmft.data.preparation import BAD, PreparedSet, dropped
+from glmft.data.preparation import BAD, PreparedSet, dropped, messages, numbers, place_of
 
 BINS = 10
 BAR = 40  # characters
@@ -27,6 +27,7 @@ class Report:
     dropped: dict[str, int]
     cut: int
     split: int
+    shortened: int  # split records of which a turn is left out
     damaged: dict[str, int]
     duplicates: int  # samples that are there already, word for word
     contradictions: int  # prompts that have several answers
@@ -55,12 +56,11 @@ def report(prepared: PreparedSet, tokens_per_step: int) -> Report:
     """The report of a prepared set; steps are those of `tokens_per_step` tokens, packed."""
     store, counts = prepared.store, prepared.report
     lengths, events = store.lengths, counts["events"]
-    numbers = {_named(what, counts): found for what, found in counts["numbers"].items()}
     repeated, several = _repeated(store.hashes)
-    positions = (store.records + 1).tolist()
+    places = {_named(what, counts): found for what, found in counts["numbers"].items()}
     for what, found in (("duplicates", repeated), ("ambiguous", several)):
         if len(found):
-            numbers[what] = [str(positions[i]) for i in found[:1000]]
+            places[what] = [place_of(counts, int(store.records[i])) for i in found[:1000]]
     schedule = Schedule(tokens_per_step, tokens_per_step, min(prepared.policies.max_length, tokens_per_step))
     rows = len(plan_rows(lengths, schedule.row_budget, 0, 0)) if len(lengths) else 0
     return Report(
@@ -71,12 +71,13 @@ def report(prepared: PreparedSet, tokens_per_step: int) -> Report:
         samples=len(store),
         dropped=dropped(counts),
         cut=events.get(CUT, 0),
-        split=events.get(SPLIT, 0),
+        split=events.get(SPLIT, 0) + events.get(SPLIT_LESS, 0),
+        shortened=events.get(SPLIT_LESS, 0),
         damaged={k: events[k] for k in DAMAGE if k in events},
         duplicates=len(repeated),
         contradictions=len(np.unique(store.hashes[several, 1])) if len(several) else 0,
-        numbers=numbers,
-        messages=counts["messages"],
+        numbers=numbers(prepared.entry, counts | {"numbers": places}),
+        messages=messages(prepared.entry, counts),
         tokens=int(lengths.sum(dtype=np.int64)),
         supervised_share=float(store.num_supervised.sum(dtype=np.int64) / max(lengths.sum(dtype=np.int64), 1)),
         shortest=int(lengths.min()) if len(lengths) else 0,
@@ -117,7 +118,8 @@ def lines(found: Report, tokens_per_step: int) -> list[str]:
         f"{found.name}: {found.formatting} records in {', '.join(found.files[:3])}"
         + (f" and {len(found.files) - 3} more files" if len(found.files) > 3 else ""),
         f"  records     {found.records:,}, {found.samples:,} samples; cut: {found.cut:,}"
-        + (f"; split: {found.split:,}" if found.split else ""),
+        + (f"; split: {found.split:,}" if found.split else "")
+        + (f" ({found.shortened:,} without a turn that is too long)" if found.shortened else ""),
     ]
     for why, n in found.dropped.items():
         out.append(f"  dropped     {n:,} {why}{_numbers(found.numbers, why)}")

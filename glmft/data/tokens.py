@@ -108,7 +108,7 @@ class TokenWriter:
         shapes = {"ids": ("I32", [tokens]), "supervised": ("BOOL", [tokens])}
         shapes |= {name: (_name_of(a.dtype), list(a.shape)) for name, a in small.items()}
         order = ["hashes", "records", "ids", "lengths", "num_supervised", "supervised"]  # wide types first: aligned
-        header: dict[str, Any] = {"__metadata__": {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}}
+        header: dict[str, Any] = {"__metadata__": {k: json.dumps(v) for k, v in metadata.items()}}
         at = 0
         for name in order:
             dtype, shape = shapes[name]

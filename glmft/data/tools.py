@@ -84,12 +84,16 @@ def tools_of(value: Any, where: str) -> list[dict[str, Any]] | None:
     return tools or None
 
 
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def _parsed(value: Any, kind: str, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError as e:
+        return json.loads(value, parse_constant=_refuse)
+    except (ValueError, RecursionError) as e:
         raise RecordError(f"{kind} not JSON", f"{where} is not valid JSON ({e}): {shown(value)}") from None
 
 

@@ -12,17 +12,31 @@ from glmft.messages import Conversation, Message
 
 
 def _parts(conversation: Conversation) -> tuple[str, Any, list[Message]]:
-    """(system text, tools, the other messages); the text that `with_tools` puts in by itself is left out again."""
+    """(system text, tools, the other messages); the text that `with_tools` puts in by itself is left out again. A
+    system message that is more than text stays among the messages."""
     first, *rest = conversation.messages
+    for before, message in zip([None, *rest], [*rest, None], strict=True):
+        if before and before.metadata and before.role != "assistant":
+            raise RecordError("metadata", f"the {before.role}'s message has metadata '{before.metadata}'")
+        if before and message and _is_call(before) and message.role != "observation":
+            raise RecordError("call", f"the call of '{before.metadata}' has no result")
     if first.role != "system":
         return "", None, [first, *rest]
-    return ("" if first.tools and first.content == SYSTEM else first.content), first.tools, rest
+    if first.tools and first.content == SYSTEM and first.learn is None:
+        return "", first.tools, rest
+    if first.learn is not None or not first.content:
+        return "", first.tools, [first, *rest]
+    return first.content, first.tools, rest
+
+
+def _is_call(message: Message) -> bool:
+    return message.role == "assistant" and bool(message.metadata)
 
 
 def _arguments(message: Message) -> dict[str, Any]:
     arguments = arguments_of(message.content)
     if arguments is None:
-        raise RecordError("call", f"the call of '{message.metadata}' is code, which this format has no place for")
+        raise RecordError("call", f"the call of '{message.metadata}' has no plain named arguments: {message.content}")
     return arguments
 
 
@@ -54,11 +68,11 @@ def alpaca(conversation: Conversation) -> dict[str, Any]:
 def sharegpt(conversation: Conversation) -> dict[str, Any]:
     """conversations of from and value, with system and tools."""
     system, tools, messages = _parts(conversation)
-    names = {"user": "human", "assistant": "gpt", "observation": "observation"}
+    names = {"system": "system", "user": "human", "assistant": "gpt", "observation": "observation"}
     turns = []
     for m in messages:
         flag = _flag(m, "train", bool)
-        if m.metadata:
+        if _is_call(m):
             call = json.dumps({"name": m.metadata, "arguments": _arguments(m)}, ensure_ascii=False)
             turns.append({"from": "function_call", "value": call} | flag)
         else:
@@ -76,7 +90,7 @@ def openai(conversation: Conversation) -> dict[str, Any]:
     calls = 0
     for m in messages:
         flag = _flag(m, "weight", int)
-        if m.metadata:
+        if _is_call(m):
             calls += 1
             function = {"name": m.metadata, "arguments": json.dumps(_arguments(m), ensure_ascii=False)}
             call = {"id": f"call_{calls}", "type": "function", "function": function}

@@ -250,6 +250,14 @@ BAD: dict[str, Bad] = {
         ["a.json: record 2: 1600", "tokens, data.max_length=128; raise it, or choose another on_too_long"],
         ("data.on_too_long=error",),
     ),
+    "half a character in a tool": Bad(
+        "a.json",
+        sharegpt(Q, A, tools=[{"name": "a\ud800"}]),
+        ["record 2: tools, character 13: half of a surrogate pair (U+D800)"],
+    ),
+    "tools nested too deeply": Bad(
+        "a.json", sharegpt(Q, A, tools="[" * 100_000), ["record 2: 'tools' is not valid JSON (maximum recursion depth"]
+    ),
     # ---- nothing left
     "no usable record": Bad(
         "a.json",
@@ -293,6 +301,21 @@ BAD: dict[str, Bad] = {
         ["'mine': num_samples is 9, but there are 2 records"],
         REGISTRY,
     ),
+    "a validation set of which nothing is left": Bad(
+        "",
+        files(
+            dataset_info_DOT_json='{"mine": {"file_name": "a.json"}}',
+            a_DOT_json=json.dumps(alpaca(instruction="你好" * 200)[1:]),
+        ),
+        ["data.val_datasets: no record of 'mine' is left to validate on (1 longer than max_length)"],
+        ("data.path=null", "data.datasets=[tiny_keep]", "data.val_datasets=[mine]", "data.on_too_long=drop"),
+    ),
+    "policies that contradict": Bad(
+        "a.json",
+        GOOD,
+        ["data.train_on_prompt and data.mask_history contradict each other; choose one"],
+        ("data.train_on_prompt=true", "data.mask_history=true"),
+    ),
     "weights that do not sum": Bad(
         "",
         files(),
@@ -320,6 +343,9 @@ BAD: dict[str, Bad] = {
         "a.json", GOOD, ["data.max_samples: 'b' is none of the data sets"], ("+data.max_samples={b:1}",)
     ),
     "a set named twice": Bad(
-        "", files(), ["data: 'tiny' is named twice"], ("data.path=null", "data.datasets=[tiny,tiny]")
+        "",
+        files(),
+        ["data: two sets are called 'tiny'; leave one out or rename it"],
+        ("data.path=null", "data.datasets=[tiny,tiny]"),
     ),
 }

@@ -89,6 +89,32 @@ def test_duplicates_and_overlap_are_counted(spec):
     assert (report["duplicates"], report["overlap"]) == (2, 3)
 
 
+def chats(n: int) -> list[dict]:
+    """Records of four rounds, each with a text of its own."""
+    rounds = [[("human", f"{i}问{k}"), ("gpt", "好" * 12)] for i in range(n) for k in range(4)]
+    return [
+        {"conversations": [{"from": r, "value": t} for pair in rounds[4 * i : 4 * i + 4] for r, t in pair]}
+        for i in range(n)
+    ]
+
+
+def test_parts_of_a_record_stay_together(spec):
+    options = {"max_length": 64, "on_too_long": "split_turns", "val_fraction": 0.4, "max_samples": 8}
+    corpus = prepare(spec(chats(12), **options))
+    store = corpus.own.stores[0]
+    train, held = (set(store.records[s.index].tolist()) for s in (corpus.own, corpus.validation["held_out"]))
+    assert (len(train), len(held)) == (5, 3)
+    assert not train & held
+    assert len(corpus.own) >= 2 * len(train)
+
+
+def test_what_the_record_says_is_learned_is_known_to_who_reads_it_again(spec):
+    record = {"instruction": "你好", "output": "谢谢", "history": [["早", "早"]]}
+    corpus = prepare(spec([record], mask_history=True))
+    (found,) = corpus.conversations(corpus.own, [0])
+    assert [m.learns for m in found.messages] == [False, False, False, True]
+
+
 # ---- several sets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from glmft.data.encoding import CUT, SPLIT, TooLong, damage, limit_length, supervise
+from glmft.data.encoding import CUT, SPLIT, SPLIT_LESS, TooLong, damage, limit_length, supervise
 from glmft.messages import Conversation, Message
 from glmft.models import load_tokenizer
 
@@ -83,7 +83,7 @@ def test_split_between_turns_learns_every_answer_once(tokenizer):
 def test_a_turn_that_is_too_long_is_left_out_of_a_split(tokenizer):
     long = Conversation((*THREE.messages[1:3], Message("user", "你好" * 40), Message("assistant", "谢谢")))
     parts, event = limited(tokenizer, long, 30, "split_turns")
-    assert (len(parts), event) == (1, SPLIT)
+    assert (len(parts), event) == (1, SPLIT_LESS)
     assert limited(tokenizer, Conversation(long.messages[2:]), 30, "split_turns")[1].startswith(
         "dropped: a single turn"
     )

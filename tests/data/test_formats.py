@@ -12,7 +12,7 @@ from glmft.data.formats import FORMATS
 from glmft.data.records import RecordError
 from glmft.data.registry import DatasetEntry, detect_format
 from glmft.data.writing import WRITERS
-from glmft.messages import Message
+from glmft.messages import Conversation, Message
 from glmft.models import load_tokenizer
 
 pytestmark = pytest.mark.share("data")
@@ -230,3 +230,23 @@ def test_the_format_of_a_file_is_found(tmp_path):
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps([record]))
         assert detect_format(file) == name
+
+
+def test_what_another_format_cannot_say_is_refused():
+    calls = [Message("assistant", CALL, "weather"), Message("assistant", CALL, "weather"), Message("observation", "晴")]
+    tools = Message("system", "s", tools=[TOOL])
+    for to in ("sharegpt", "openai"):
+        with pytest.raises(RecordError, match="the call of 'weather' has no result"):
+            WRITERS[to](Conversation((tools, Message("user", "天气"), *calls, Message("assistant", "谢谢"))))
+
+
+@pytest.mark.parametrize("to", ["sharegpt", "openai"])
+@pytest.mark.parametrize("system", [Message("system", "", tools=[TOOL]), Message("system", "s", learn=True)])
+def test_a_system_message_that_is_more_than_text(to, system):
+    conversation = Conversation((system, Message("user", "你好"), Message("assistant", "谢谢")))
+    assert conversation_of(WRITERS[to](conversation), entry(to), "") == conversation
+
+
+def test_a_filled_blank_is_checked():
+    with pytest.raises(RecordError, match="message 2 is an empty answer"):
+        conversation_of({"instruction": "你好", "output": "{{name}}"}, entry("alpaca"), "", {"name": ""})

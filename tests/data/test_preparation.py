@@ -87,7 +87,7 @@ def test_several_processes_give_the_same_file(entry, tiny):
     assert not two.from_cache
     assert two.store.file.read_bytes() == content
     assert two.report["problems"] == {"missing key": 1}
-    assert two.report["numbers"]["missing key"] == ["2001"]
+    assert two.report["numbers"]["missing key"] == [[0, 2001]]
 
 
 def test_what_another_process_cannot_read_is_said_here(entry, tiny, tmp_path):

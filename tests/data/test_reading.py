@@ -101,3 +101,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert records == 80_001
     assert kilobytes < 30_000
     assert resource.getpagesize() > 0
+
+
+def test_csv_records_stand_where_they_begin(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text('\ninstruction,output\n"a\nb",c\nd,e\n')
+    assert [(line, r["output"]) for line, r in read_records(file)] == [(3, "c"), (5, "e")]

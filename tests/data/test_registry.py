@@ -21,6 +21,7 @@ GOOD = {"instruction": "1+1", "output": "2"}
 def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.json").write_text(json.dumps([GOOD]))
+    Path("in").mkdir()
 
 
 def entry(value: dict) -> object:
@@ -66,6 +67,9 @@ WRONG = {  # entry -> what the message holds
     "ranked answers": ({"file_name": "a.json", "ranking": True}, "preference tuning"),
     "pictures": ({"file_name": "a.json", "columns": {"images": "i"}}, "ChatGLM3 reads text only"),
     "a number of samples": ({"file_name": "a.json", "num_samples": 0}, "num_samples is 0, expected a number of 1"),
+    "a formatting that is no text": ({"file_name": "a.json", "formatting": ["x"]}, "formatting '['x']' is unknown"),
+    "a folder out of its folder": ({"file_name": "in", "folder": "../.."}, "folder '../..' lies outside in"),
+    "a split that is no text": ({"file_name": "in", "split": 3}, "split is 3, expected a name"),
     "no object": ("a.json", "must be an object with file_name"),
 }
 
@@ -93,6 +97,10 @@ def test_a_downloaded_repository_is_a_folder():
     assert len(entry({"file_name": "repo", "folder": "en"}).files) == 2
     with pytest.raises(UserError, match=r"split 'validation': no file of that name .*en/test\.jsonl"):
         entry({"file_name": "repo", "split": "validation"})
+    Path("repo/en/.hidden").mkdir()
+    Path("repo/en/.hidden/train.jsonl").write_text("{}")
+    Path("repo/en/train-00000.jsonl").rename("repo/en/TRAIN.JSONL")
+    assert [f.name for f in entry({"file_name": "repo", "folder": "en"}).files] == ["TRAIN.JSONL", "test.jsonl"]
     Path("repo/en/more.csv").write_text("a,b")
     with pytest.raises(UserError, match=r"several types: \.csv, \.jsonl"):
         entry({"file_name": "repo"})
