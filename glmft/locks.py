@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 import psutil
 
-from glmft.errors import UserError
+from glmft.errors import ResourceError, UserError
 from glmft.files import write_json
 
 BEAT = 10.0  # seconds between two signs of life
+WATCH = 3.0  # seconds between two looks at the other ranks
 STALE = 60.0  # seconds without one after which the holder on another machine counts as gone
 
 
@@ -30,8 +32,8 @@ class RunLock:
         UserError: somebody else works there; who, where, since when.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / ".lock"
+    def __init__(self, folder: Path, name: str = ".lock") -> None:
+        self.file = folder / name
         process = psutil.Process()
         self.me: dict[str, Any] = {
             "host": socket.gethostname(),
@@ -43,19 +45,22 @@ class RunLock:
         self._ended = threading.Event()
 
     def __enter__(self) -> RunLock:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"{self.file.parent}: cannot be written ({e.strerror})") from None
         while not self._create():
-            holder = self._holder()
+            holder = read_holder(self.file)
             if holder is None:  # given back in the meantime
                 continue
-            if not self._gone(holder):
+            if not gone(self.file, holder):
                 since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
                 job = f", SLURM job {holder['job']}" if holder.get("job") else ""
                 raise UserError(
                     f"{self.file.parent}: process {holder['pid']} on {holder['host']}{job} works here since {since}; "
                     "wait for it, or choose another run.name"
                 )
-            aside = self.file.with_name(f".lock.{os.getpid()}")
+            aside = self.file.with_name(f"{self.file.name}.{os.getpid()}")
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 self.file.rename(aside)
                 aside.unlink()
@@ -70,7 +75,7 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._beat.join()
-        if self._holder() == self.me:
+        if read_holder(self.file) == self.me:
             self.file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a run that was refused leaves no folder
             self.file.parent.rmdir()
@@ -87,37 +92,81 @@ class RunLock:
             json.dump(self.me, f)
         return True
 
-    def _holder(self) -> dict[str, Any] | None:
-        for _ in range(20):
-            try:
-                return dict(json.loads(self.file.read_text(encoding="utf-8")))
-            except FileNotFoundError:
-                return None
-            except ValueError:  # being written at this moment
-                time.sleep(0.05)
-        return {"host": "an unknown machine", "pid": 0, "create_time": 0.0, "since": self.file.stat().st_mtime}
-
-    def _gone(self, holder: dict[str, Any]) -> bool:
-        if holder["host"] == self.me["host"]:
-            try:
-                return psutil.Process(holder["pid"]).create_time() != holder["create_time"]
-            except (psutil.NoSuchProcess, ValueError):
-                return True
-        try:
-            return self._now() - self.file.stat().st_mtime > STALE
-        except FileNotFoundError:
-            return True
-
-    def _now(self) -> float:
-        """The time by the clock that stamps files there."""
-        probe = self.file.with_name(f".clock.{os.getpid()}")
-        probe.touch()
-        try:
-            return probe.stat().st_mtime
-        finally:
-            probe.unlink()
-
     def _live(self) -> None:
         while not self._ended.wait(BEAT):
-            if self._holder() == self.me:
+            if read_holder(self.file) == self.me:
                 write_json(self.file, self.me)
+
+
+def read_holder(file: Path) -> dict[str, Any] | None:
+    """What a lock file says; None where there is none."""
+    for _ in range(20):
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except ValueError:  # being written at this moment
+            time.sleep(0.05)
+    return {"host": "an unknown machine", "pid": 0, "create_time": 0.0, "since": file.stat().st_mtime}
+
+
+def gone(file: Path, holder: dict[str, Any]) -> bool:
+    """Whether the holder of a lock file does not live any more."""
+    if holder["host"] == socket.gethostname():
+        try:
+            process = psutil.Process(holder["pid"])
+            return process.create_time() != holder["create_time"] or process.status() == psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, ValueError):
+            return True
+    try:
+        return _now(file) - file.stat().st_mtime > STALE
+    except FileNotFoundError:
+        return True
+
+
+def _now(beside: Path) -> float:
+    """The time by the clock that stamps files there."""
+    probe = beside.with_name(f".clock.{os.getpid()}")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+class RankGuard:
+    """Ends this process soon after another process of the same run died: it would wait for it for a long time.
+
+    Every rank holds `.rank-N` in the run directory, and leaves it behind when it fails.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.own = RunLock(folder, f".rank-{rank}")
+        self._ended = threading.Event()
+
+    def __enter__(self) -> RankGuard:
+        self.own.__enter__()
+        for file in self._others():  # of an earlier start
+            if gone(file, read_holder(file) or {"host": ""}):
+                file.unlink(missing_ok=True)
+        threading.Thread(target=self._watch, name="rank guard", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._ended.set()
+        if kind is None or isinstance(error, SystemExit):
+            self.own.__exit__(kind, error, _)
+
+    def _others(self) -> list[Path]:
+        return [f for f in self.own.file.parent.glob(".rank-*") if f != self.own.file]
+
+    def _watch(self) -> None:
+        while not self._ended.wait(WATCH):
+            for file in self._others():
+                holder = read_holder(file)
+                if holder and gone(file, holder) and not self._ended.wait(WATCH):  # it may just have ended well
+                    if not file.exists():
+                        continue
+                    who = f"process {holder['pid']} on {holder['host']} ({file.name[1:]})"
+                    print(f"glmft: {who} of this run died; ending", file=sys.stderr, flush=True)
+                    os._exit(ResourceError.exit_code)

@@ -107,7 +107,8 @@ class Run:
         Raises:
             UserError: it holds something else.
         """
-        if self.path.exists() and not self.exists and any(p.name != ".lock" for p in self.path.iterdir()):
+        ours = (".lock", ".rank-", ".clock.")
+        if self.path.exists() and not self.exists and not all(p.name.startswith(ours) for p in self.path.iterdir()):
             raise UserError(f"{self.path}: exists and is not a run of glmft; choose another run.name")
 
     def start(self, yaml_files: dict[str, str], command: str, device: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import traceback
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from glmft.data.packing import Schedule
 from glmft.data.registry import direct_file, find_datasets
 from glmft.errors import DamagedError, ProblemList, ResourceError, UserError
 from glmft.files import read_json
-from glmft.locks import RunLock
+from glmft.locks import RankGuard, RunLock
 from glmft.models import hub, published
 from glmft.models.tokenizer import load_tokenizer
 from glmft.quiet import quiet_libraries
@@ -46,21 +47,31 @@ def main(cfg: DictConfig) -> float | None:
     """One run; returns the metric that a sweep optimises."""
     config.check(cfg, TOPS)
     run = name_run(cfg)
-    if not is_main_process():
-        return train(cfg, run, run.newest_checkpoint()[0], {})
     complete, metric = already_done(cfg, run)
     if complete:
         return metric
+    if not is_main_process():
+        with RankGuard(run.path, rank()):
+            return train(cfg, run, run.newest_checkpoint()[0], {})
     facts = check_inputs(cfg)
     run.check_free()
-    with RunLock(run.path):
+    with RunLock(run.path), RankGuard(run.path, 0) if distributed(cfg) else nullcontext():
         return train(cfg, run, checkpoint_to_continue(run, facts), facts)
+
+
+def rank() -> int:
+    """Of this process in a distributed run, as far as the environment tells it before Lightning starts."""
+    return max(int(os.environ.get(k, "0")) for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def is_main_process() -> bool:
     """False in the other processes of a distributed run: they take the checks as made."""
-    ranks = (os.environ.get(k, "0") for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    return all(rank == "0" for rank in ranks)
+    return rank() == 0
+
+
+def distributed(cfg: DictConfig) -> bool:
+    """Whether several processes will make this run."""
+    return cfg.trainer.devices not in (1, [0], "1") or cfg.trainer.get("num_nodes", 1) != 1
 
 
 def name_run(cfg: DictConfig) -> Run:
@@ -113,7 +124,8 @@ def already_done(cfg: DictConfig, run: Run) -> tuple[bool, float | None]:
         )
         raise ProblemList(title, longer)
     if not longer and runs.read_status(run.path).get("state") == "done":
-        print(f"glmft: {run.path} is complete; nothing to do (another run.name starts anew)")
+        if is_main_process():
+            print(f"glmft: {run.path} is complete; nothing to do (another run.name starts anew)")
         return True, metric_of(read_json(run.path / "summary.json"), cfg.metric)
     return False, None
 
@@ -235,6 +247,8 @@ def as_failure(e: BaseException, trainer: L.Trainer) -> BaseException:
 
     if isinstance(e, torch.OutOfMemoryError):
         return ResourceError(f"out of memory: {str(e).splitlines()[0]}\n{LESS_MEMORY}")
+    if trainer.world_size > 1 and isinstance(e, RuntimeError) and re.search("peer|[Gg]loo|NCCL", str(e)):
+        return ResourceError(f"another process of this run ended or hangs: {str(e).splitlines()[0]}")
     if isinstance(e, SystemExit) and trainer.interrupted and e.code == 1:
         return KeyboardInterrupt()
     return e
