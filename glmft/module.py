@@ -14,7 +14,7 @@ from glmft.data.collate import Batch, split
 from glmft.data.datamodule import InstructionData
 from glmft.errors import DamagedError, GlmftError, ProblemList
 from glmft.kernels import compiling
-from glmft.kernels.attention import has_varlen
+from glmft.kernels.attention import has_varlen, no_mask
 from glmft.kernels.loss import cross_entropy_sum
 from glmft.models.hub import Source, fetch
 from glmft.models.loading import as_dtype, glm, load_model
@@ -115,6 +115,7 @@ class FineTuner(L.LightningModule):
         self._repeat = False  # the gradients of this step were dropped
         self.parts = 1  # that a micro-batch is computed in, more where memory is short
         self._window: list[Batch] = []  # micro-batches of the current optimizer step
+        self._seen: Tensor | None = None  # loss and gradient norm of the step, on the device
         self._val_sums: dict[int, Tensor] = {}  # validation set -> [loss, supervised tokens]
 
     # ---- the model
@@ -176,7 +177,11 @@ class FineTuner(L.LightningModule):
         if batch.cu_seqlens is not None:
             packing = {"cu_seq_lens_q": batch.cu_seqlens, "max_length_q": batch.max_seqlen}
         hidden = model.model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packing
+            input_ids=batch.input_ids,
+            attention_mask=no_mask(batch.input_ids),
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **packing,
         ).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, batch.loss_index)
         return cross_entropy_sum(rows, model.lm_head.weight, batch.targets)
@@ -270,10 +275,8 @@ class FineTuner(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the global norm and looks at the step before it is taken: one read from the device a step.
-
-        Raises:
-            TrainingStopped: the loss or the gradient is not finite, or the loss is exactly zero, on any rank.
+        """Clips by the global norm, and has the update left out, on the device, where loss or gradient of any rank is
+        not finite. What the step was like is read after the update was queued (`optimizer_step`): one read a step.
         """
         parameters = [p for p in self.parameters() if p.grad is not None]
         limit = gradient_clip_val if gradient_clip_val else float("inf")
@@ -283,14 +286,31 @@ class FineTuner(L.LightningModule):
         if self.trainer.world_size > 1:
             wants = seen.new_tensor([float(v) for v in self.wants.values()])
             ranks = self._gathered(torch.cat([seen, wants]))  # [ranks, 4]
-            loss, grad_norm, *wanted = [*ranks[:, :1].sum(0).tolist(), *ranks[:, 1:].max(0).values.tolist()]
-            self.agreed = {k: int(v) for k, v in zip(self.wants, wanted, strict=True)}
-        else:
-            loss, grad_norm = seen.tolist()
-            self.agreed = dict(self.wants)
+            seen = torch.cat([ranks[:, :1].sum(0), ranks[:, 1:].max(0).values])
+        self._seen = seen
+        if optimizer.defaults.get("fused"):
+            optimizer.grad_scale, optimizer.found_inf = None, (~seen[:2].isfinite()).any().float()  # type: ignore[attr-defined]
+        else:  # cannot leave out an update by itself
+            self._look(optimizer.param_groups[0]["lr"])
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """The update, and then a look at it.
+
+        Raises:
+            TrainingStopped: the loss or the gradient is not finite, or the loss is exactly zero, on any rank.
+        """
+        lr = optimizer.param_groups[0]["lr"]
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._look(lr)
+
+    def _look(self, lr: float) -> None:
+        if self._seen is None:
+            return
+        loss, grad_norm, *wanted = self._seen.tolist()
+        self._seen = None
+        self.agreed = {k: int(v) for k, v in zip(self.wants, wanted, strict=True)} if wanted else dict(self.wants)
         self._guard(loss, grad_norm)
         self._window.clear()
-        lr = optimizer.param_groups[0]["lr"]
         self.step_metrics = {"train/loss": loss, "lr": lr, "grad_norm": grad_norm}
 
     def _gathered(self, values: Tensor) -> Tensor:

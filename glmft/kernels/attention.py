@@ -82,6 +82,8 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, S, D], key and value [B, K, S, D] -> [B, S, H, D]."""
+    if attention_mask is not None and attention_mask.numel() == 0:  # `no_mask`
+        attention_mask = None
     if cu_seq_lens_q is None:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -90,6 +92,12 @@ def _forward(
     assert attention_mask is None and query.shape[0] == 1 and max_length_q is not None, "packed rows have no mask"
     q, k, v = (t.transpose(1, 2)[0] for t in (query, key, value))
     return packed_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
+
+
+def no_mask(like: Tensor) -> Tensor:
+    """An empty mask [1, 1, 0, 0]: whole causal rows. transformers hands a 4-D mask through, where it would otherwise
+    read the positions from the device, in every forward, to find out whether they are packed."""
+    return like.new_empty((1, 1, 0, 0))
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
