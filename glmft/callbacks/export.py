@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
+from glmft.artefacts import write_folder
 from glmft.callbacks.card import model_card
 from glmft.module import FineTuner
 
@@ -32,4 +33,6 @@ class SaveTuned(L.Callback):
         assert isinstance(tuner, FineTuner)
         if trainer.is_global_zero:
             folder = self.run_dir / tuner.tuning.output
-            tuner.tuning.save(tuner.network, folder, tuner.tokenizer, model_card(trainer, tuner, self.run_dir))
+            card = model_card(trainer, tuner, self.run_dir)
+            facts = {"step": trainer.global_step, "strategy": type(tuner.tuning).__name__, **tuner.facts}
+            write_folder(folder, lambda part: tuner.tuning.save(tuner.network, part, tuner.tokenizer, card), facts)

@@ -19,7 +19,7 @@ from glmft.errors import DamagedError, ResourceError, UserError
 from glmft.kernels import attention
 from glmft.models.conversion import glm_config, published_layout
 from glmft.models.hub import Source, fetch
-from glmft.models.published import INV_FREQ, WeightFiles, check_folder, check_tensors
+from glmft.models.published import INV_FREQ, WeightFiles, check_folder, check_tensors, fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -85,6 +85,7 @@ def load_model(
                 f"{str(e).splitlines()[0]}; try strategy=qlora"
             ) from None
     model.published_config = config
+    model.base_fingerprint = fingerprint(folder)
     model.published_inv_freq = _read_inv_freq(weights)
     return model
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
-from glmft.errors import DamagedError, ProblemList, UserError
+from glmft.artefacts import MANIFEST, verify
+from glmft.errors import DamagedError, ProblemList, UserError, nearest
+from glmft.files import read_json
 from glmft.kernels.lora import use_lean_forward
 
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 def save_adapter(model: PeftModel, folder: Path, card: str) -> None:
@@ -27,38 +30,73 @@ def save_adapter(model: PeftModel, folder: Path, card: str) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
-    """The model with the adapter active, every tensor of it checked: PEFT itself leaves missing ones at zero.
+    """The model with the adapter active: exactly its tensors, all of them there, of the right shape and finite. PEFT
+    itself leaves missing ones at zero, and takes a flipped bit or another base's adapter without a word.
+
+    Other people's `adapter_model.bin` is read as tensors only. Where glmft's manifest lies beside, it is compared.
 
     Raises:
-        UserError: the folder holds no adapter.
-        DamagedError: the weights cannot be read.
-        ProblemList: tensors are missing, unexpected or of another shape.
+        UserError: the folder holds no LoRA adapter, or one of another base model.
+        DamagedError: a file is broken, or not what was written.
+        ProblemList: tensors are missing, unexpected, of another shape, or not finite.
     """
     path = Path(folder)
-    missing = [n for n in ("adapter_config.json", WEIGHTS) if not (path / n).is_file()]
-    if missing:
+    weights = next((path / n for n in (WEIGHTS, PICKLED) if (path / n).is_file()), None)
+    missing = [CONFIG] * (not (path / CONFIG).is_file()) + [WEIGHTS] * (weights is None)
+    if weights is None or missing:
         raise UserError(f"{path}: not an adapter folder, {' and '.join(missing)} missing")
-    found = _shapes(path / WEIGHTS)
-    tuned = PeftModel.from_pretrained(model, str(path))  # type: ignore[arg-type]
-    expected = {k: tuple(v.shape) for k, v in _adapter_state(tuned).items()}
-    problems = [f"missing {k}" for k in expected if k not in found]
-    problems += [f"unexpected {k}" for k in found if k not in expected]
+    if (path / MANIFEST).is_file():
+        base, own = verify(path).get("base"), getattr(model, "base_fingerprint", None)
+        if base and own and base != own:
+            raise UserError(f"{path}: an adapter of another base model ({base}), this one is {own}")
+    state = _read(weights)
+    config = _config(path / CONFIG, state)
+    tuned = get_peft_model(model, config)  # type: ignore[arg-type]
+    expected = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()}
+    problems = [f"missing {k}" for k in expected if k not in state]
+    problems += [f"unexpected {k}" for k in state if k not in expected]
     problems += [
-        f"{k} has shape {list(found[k])}, expected {list(s)}" for k, s in expected.items() if found.get(k, s) != s
+        f"{k} has shape {list(state[k].shape)}, expected {list(s)}"
+        for k, s in expected.items()
+        if k in state and tuple(state[k].shape) != s
     ]
+    problems += [f"{k} holds values that are not finite" for k, t in state.items() if not t.isfinite().all()]
     if problems:
-        raise ProblemList(f"{path / WEIGHTS}: not an adapter of this model", problems)
+        raise ProblemList(f"{weights}: not an adapter of this model", problems)
+    set_peft_model_state_dict(tuned, state)
     use_lean_forward(tuned)
-    return tuned
+    return tuned.eval()
 
 
-def _adapter_state(model: PeftModel) -> dict[str, Any]:
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def _read(file: Path) -> dict[str, torch.Tensor]:
     try:
-        with safe_open(file, framework="pt") as f:
-            return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
-        raise DamagedError(f"{file}: cannot be read ({e})") from None
+        if file.name == PICKLED:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            return {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        return load_file(file)
+    except Exception as e:  # torch has many for a file that is not its own, and for one that asks for code
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise DamagedError(f"{file}: cannot be read as tensors ({reason})") from None
+
+
+def _config(file: Path, state: dict[str, torch.Tensor]) -> LoraConfig:
+    """adapter_config.json, as far as it is a plain LoRA whose rank the tensors have: nothing is imported or fetched
+    because of it, and no memory is taken for a rank that is not there."""
+    try:
+        raw = read_json(file)
+        kind, rank = raw["peft_type"], raw["r"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise DamagedError(f"{file}: not an adapter's configuration ({type(e).__name__}: {e})") from None
+    if kind != "LORA":
+        raise UserError(f"{file}: peft_type is {kind}, only LORA is loaded")
+    if asking := [k for k in ("auto_mapping", "megatron_config") if raw.get(k)]:
+        raise UserError(f"{file}: {asking[0]} asks for code to be imported, which is not done")
+    ranks = {t.shape[0] for k, t in state.items() if "lora_A" in k}
+    if not raw.get("rank_pattern") and ranks != {rank}:
+        raise UserError(f"{file}: r is {rank}, the tensors have {', '.join(map(str, sorted(ranks))) or 'none'}")
+    known = {f.name for f in fields(LoraConfig)}
+    unknown = [k for k in raw if k not in known and k not in ("peft_version",)]
+    if unknown:
+        raise UserError(f"{file}: unknown key '{unknown[0]}'{nearest(unknown[0], known)}; made by a newer PEFT?")
+    values = {k: v for k, v in raw.items() if k in known and k not in ("peft_type", "runtime_config")}
+    return LoraConfig(**values | {"inference_mode": True})

@@ -43,17 +43,6 @@ class Strategy(ABC):
         yield None
 
     def save(self, model: nn.Module, folder: Path, tokenizer: ChatGLM3Tokenizer, card: str) -> None:
-        """Writes what can be used without the run: here, the whole model in the published layout."""
-        part = folder.with_name(f".{folder.name}.part")
-        _remove(part)
-        save_model(model, part, tokenizer=tokenizer)  # type: ignore[arg-type]
-        (part / "README.md").write_text(card, encoding="utf-8")
-        _remove(folder)
-        part.rename(folder)
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+        """Fills an empty folder with what can be used without the run: here, the model in the published layout."""
+        save_model(model, folder, tokenizer=tokenizer)  # type: ignore[arg-type]
+        (folder / "README.md").write_text(card, encoding="utf-8")
