@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 NAME   ?= 小智
 AUTHOR ?= 开源社区
 
-.PHONY: demo test test-all mutants lint tiny clean
+.PHONY: demo test test-all mutants faults fuzz lint tiny clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,12 @@ test-all: lint
 
 mutants: $(BIN)/.installed
 	$(BIN)/python tests/mutants.py
+
+faults: $(BIN)/.installed
+	$(BIN)/python tests/faults/harness.py --faults $(or $(N),400) --seed $(or $(SEED),1)
+
+fuzz: $(BIN)/.installed
+	$(BIN)/python tests/faults/fuzz.py
 
 tiny: $(BIN)/.installed
 	$(BIN)/python experiments/tiny_base/make.py
