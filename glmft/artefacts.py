@@ -82,7 +82,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        version, _ = manifest["format"], manifest["files"].items()
+        version = manifest["format"]
+        for name, told in manifest["files"].items():
+            if Path(name).name != name or type(told["bytes"]) is not int or type(told["sha256"]) is not str:
+                raise ValueError(name)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise DamagedError(f"{file}: missing or broken ({type(e).__name__})") from None
     if version != FORMAT:

@@ -107,7 +107,7 @@ class Run:
         Raises:
             UserError: it holds something else.
         """
-        ours = (".lock", ".rank-", ".clock.")
+        ours = (".lock", ".rank-", ".clock.", ".hydra")  # also of a run that was killed while it began
         if self.path.exists() and not self.exists and not all(p.name.startswith(ours) for p in self.path.iterdir()):
             raise UserError(f"{self.path}: exists and is not a run of glmft; choose another run.name")
 
@@ -118,9 +118,9 @@ class Run:
             UserError: the folder cannot be written.
         """
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for name, content in yaml_files.items():
+            for name, content in yaml_files.items():  # first: they make the folder a run
                 write_atomic(self.path / ".hydra" / name, content)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
             with (self.path / "command.txt").open("a", encoding="utf-8") as f:
                 f.write(command + "\n")
             write_json(self.path / "env.json", environment(device))

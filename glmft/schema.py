@@ -55,6 +55,7 @@ def trainer(
     precision: PrecisionName = "auto",
     gradient_clip_val: NonNegative | None = None,
     devices: Positive | list[int] | Literal["auto"] = 1,
+    val_check_interval: Rate | None = None,
     num_sanity_val_steps: Count = 0,
     log_every_n_steps: Positive = 1,
     **others: Any,

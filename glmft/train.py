@@ -171,6 +171,8 @@ def check_inputs(cfg: DictConfig) -> dict[str, str]:
     problems = find_datasets([*data["datasets"], *data["val_datasets"], *compared], data["dir"])[1]
     if cfg.trainer.max_epochs in (None, -1) and cfg.trainer.max_steps == -1:
         problems.append("trainer.max_epochs and trainer.max_steps are both without a limit; give one")
+    if 0 in (cfg.trainer.max_epochs, cfg.trainer.max_steps):
+        problems.append("trainer.max_epochs or trainer.max_steps is 0: there is nothing to do")
     if data["path"] is not None:
         try:
             direct_file(data["path"])
@@ -244,7 +246,10 @@ def train(cfg: DictConfig, run: Run, checkpoint: Path | None, facts: dict[str, s
 def as_failure(e: BaseException, trainer: L.Trainer) -> BaseException:
     """What a failure means to the user. Lightning turns Ctrl-C into exit(1)."""
     import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    if isinstance(e, MisconfigurationException):
+        return UserError(f"trainer: {e}")
     if isinstance(e, torch.OutOfMemoryError):
         return ResourceError(f"out of memory: {str(e).splitlines()[0]}\n{LESS_MEMORY}")
     if trainer.world_size > 1 and isinstance(e, RuntimeError) and re.search("peer|[Gg]loo|NCCL", str(e)):

@@ -391,6 +391,12 @@ def test_a_run_at_work_refuses_a_second_one(train):
     assert "wait for it, or choose another run.name" in result.err
 
 
+def test_a_run_killed_while_it_began_can_begin_again(train):
+    Path("runs/a/.hydra").mkdir(parents=True)
+    Path("runs/a/.hydra/.config.yaml.part-7").write_text("half")
+    assert train("run.name=a", *RUN, "trainer.max_steps=2").code == 0
+
+
 def test_manifest_of_a_foreign_folder(tmp_path):
     with pytest.raises(DamagedError, match="missing or broken"):
         verify(tmp_path)
