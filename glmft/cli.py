@@ -10,6 +10,8 @@ from glmft.recipes import groups, options
 
 COMMANDS = {  # command -> (module, what it does)
     "train": ("glmft.train", "fine-tune: glmft train experiment=lora_alpaca_zh"),
+    "chat": ("glmft.chat", "base and tuned answers side by side: glmft chat RUN"),
+    "export": ("glmft.export", "a model folder with the adapter merged: glmft export RUN FOLDER"),
     "data": ("glmft.data_cli", "data sets: glmft data add mine.json --name mine"),
     "doctor": ("glmft.doctor", "is everything here that a run needs? glmft doctor --model models/chatglm3-6b"),
 }

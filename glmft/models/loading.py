@@ -85,7 +85,7 @@ def load_model(
                 f"{str(e).splitlines()[0]}; try strategy=qlora"
             ) from None
     model.published_config = config
-    model.base_fingerprint = fingerprint(folder)
+    model.base_fingerprint, model.source_folder = fingerprint(folder), folder
     model.published_inv_freq = _read_inv_freq(weights)
     return model
 

@@ -29,7 +29,7 @@ def save_adapter(model: PeftModel, folder: Path, card: str) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> PeftModel:
     """The model with the adapter active: exactly its tensors, all of them there, of the right shape and finite. PEFT
     itself leaves missing ones at zero, and takes a flipped bit or another base's adapter without a word.
 
@@ -40,19 +40,40 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
         DamagedError: a file is broken, or not what was written.
         ProblemList: tensors are missing, unexpected, of another shape, or not finite.
     """
-    path = Path(folder)
+    config, state, weights = _checked(Path(folder), getattr(model, "base_fingerprint", None))
+    tuned = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type]
+    return _filled(tuned, state, weights, name)
+
+
+def add_adapter(model: PeftModel, folder: str | Path, name: str) -> PeftModel:
+    """One more adapter on a model that has some.
+
+    Raises:
+        UserError: the name is taken; and as `load_adapter`.
+    """
+    if name in model.peft_config:
+        raise UserError(f"{folder}: an adapter called '{name}' is loaded already")
+    config, state, weights = _checked(Path(folder), getattr(model.get_base_model(), "base_fingerprint", None))
+    model.add_adapter(name, config)
+    return _filled(model, state, weights, name)
+
+
+def _checked(path: Path, own: str | None) -> tuple[LoraConfig, dict[str, torch.Tensor], Path]:
     weights = next((path / n for n in (WEIGHTS, PICKLED) if (path / n).is_file()), None)
     missing = [CONFIG] * (not (path / CONFIG).is_file()) + [WEIGHTS] * (weights is None)
     if weights is None or missing:
         raise UserError(f"{path}: not an adapter folder, {' and '.join(missing)} missing")
     if (path / MANIFEST).is_file():
-        base, own = verify(path).get("base"), getattr(model, "base_fingerprint", None)
+        base = verify(path).get("base")
         if base and own and base != own:
             raise UserError(f"{path}: an adapter of another base model ({base}), this one is {own}")
     state = _read(weights)
-    config = _config(path / CONFIG, state)
-    tuned = get_peft_model(model, config)  # type: ignore[arg-type]
-    expected = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()}
+    return _config(path / CONFIG, state), state, weights
+
+
+def _filled(tuned: PeftModel, state: dict[str, torch.Tensor], weights: Path, name: str) -> PeftModel:
+    own = get_peft_model_state_dict(tuned, save_embedding_layers=False, adapter_name=name)
+    expected = {k: tuple(v.shape) for k, v in own.items()}
     problems = [f"missing {k}" for k in expected if k not in state]
     problems += [f"unexpected {k}" for k in state if k not in expected]
     problems += [
@@ -63,7 +84,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     problems += [f"{k} holds values that are not finite" for k, t in state.items() if not t.isfinite().all()]
     if problems:
         raise ProblemList(f"{weights}: not an adapter of this model", problems)
-    set_peft_model_state_dict(tuned, state)
+    set_peft_model_state_dict(tuned, state, adapter_name=name)
     use_lean_forward(tuned)
     return tuned.eval()
 

@@ -1,0 +1,124 @@
+"""glmft export: an adapter merged into its base, as a model folder that loads everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from glmft.artefacts import MANIFEST, write_folder
+from glmft.caches import use_cache_dir
+from glmft.errors import DamagedError, GlmftError, ResourceError, UserError
+from glmft.quiet import quiet_libraries
+
+PROBE = ("你好", "Who are you?", "1+1=")
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def export(source: str, target: Path, base: str | None, layout: Any, dtype: str, device: str) -> dict[str, Any]:
+    """Merges, writes the folder, loads it again and compares its logits with base and adapter together.
+
+    Raises:
+        UserError: the source cannot be exported, or the target exists.
+        ResourceError: not enough disk.
+        DamagedError: the folder does not answer as base and adapter do; it is removed.
+    """
+    import torch
+
+    from glmft.engine import find_tuned
+    from glmft.models.loading import glm, load_model
+    from glmft.models.saving import save_model
+    from glmft.models.tokenizer import load_tokenizer
+    from glmft.strategies.adapter import load_adapter
+
+    if target.exists():
+        raise UserError(f"{target}: exists; choose another folder")
+    tuned = find_tuned(source, base)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = load_model(tuned.model or tuned.base, dtype=dtype, device=device).eval()
+    tokenizer = load_tokenizer(model.source_folder)
+    facts = {"base": model.base_fingerprint, "source": source, "layout": layout}
+    size = sum(math.prod(p.shape) for p in model.parameters()) * model.lm_head.weight.element_size()
+    prompts = [torch.tensor([tokenizer.encode_prompt([{"role": "user", "content": p}])], device=device) for p in PROBE]
+
+    def logits(of: Any) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [of(input_ids=ids).logits.float() for ids in prompts]
+
+    if tuned.adapter is not None:
+        model = load_adapter(model, tuned.adapter)
+    wanted = logits(model)
+    if tuned.adapter is not None:
+        model = model.merge_and_unload(safe_merge=True)  # refuses weights that are not finite
+    merged = glm(model)
+
+    def write(part: Path) -> None:
+        save_model(merged, part, layout, tokenizer)
+
+    try:
+        write_folder(target, write, facts, needed=size)
+        kept = str(merged.lm_head.weight.dtype).removeprefix("torch.")
+        found = logits(load_model(target, dtype=kept, device=device).eval())
+    except (GlmftError, OSError):
+        _discard(target)
+        raise
+    difference = max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
+    scale = max(float(w.abs().max()) for w in wanted)
+    allowed = scale * (1e-4 if kept == "float32" else 0.05)  # merging rounds the sum to the weights' dtype
+    if not difference <= allowed:
+        _discard(target)
+        raise DamagedError(f"{target}: logits differ by {difference:.3g}, at most {allowed:.3g} was expected; removed")
+    return {
+        "folder": str(target),
+        "layout": layout,
+        "dtype": kept,
+        "bytes": size,
+        "largest_logit_difference": difference,
+    }
+
+
+def _discard(folder: Path) -> None:
+    if (folder / MANIFEST).is_file():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or that of the error."""
+    parser = argparse.ArgumentParser(prog="glmft export", description=__doc__)
+    parser.add_argument("source", help="a run (folder or name), an adapter folder, or a model")
+    parser.add_argument("target", type=Path, help="the folder to write; it must not exist")
+    parser.add_argument(
+        "--layout",
+        choices=("glm_hf", "chatglm"),
+        default="glm_hf",
+        help="glm_hf loads in plain transformers and vLLM, chatglm has the published names (default: %(default)s)",
+    )
+    parser.add_argument("--model", help="base model: folder or hub id (default: what the adapter was trained on)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *BYTES), help="of the written weights")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(arguments)
+    use_cache_dir()
+    quiet_libraries()
+    began = time.monotonic()
+    try:
+        told = export(options.source, options.target, options.model, options.layout, options.dtype, options.device)
+    except GlmftError as e:
+        print(f"glmft: {e}", file=sys.stderr)
+        return e.exit_code
+    except MemoryError:
+        print("glmft: not enough memory to merge; try --dtype bfloat16", file=sys.stderr)
+        return ResourceError.exit_code
+    what = f"{told['bytes'] / 1e9:.2f} GB, {told['layout']}, {told['dtype']}, in {time.monotonic() - began:.1f} s"
+    print(f"{told['folder']}: {what}; loaded again, logits differ by {told['largest_logit_difference']:.2g} at most")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
