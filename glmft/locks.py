@@ -82,15 +82,25 @@ class RunLock:
             self.file.parent.parent.rmdir()
 
     def _create(self) -> bool:
+        """Makes the file, with its content, if it is not there: a name is linked to a finished file, so that nobody
+        ever sees half of it, even if this process dies here."""
+        part = self.file.with_name(f"{self.file.name}.{os.getpid()}")
         try:
-            descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            part.write_text(json.dumps(self.me), encoding="utf-8")
+            try:
+                os.link(part, self.file)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                with self.file.open("x", encoding="utf-8") as f:
+                    json.dump(self.me, f)
+            return True
         except FileExistsError:
             return False
         except OSError as e:
             raise UserError(f"{self.file.parent}: cannot be written ({e.strerror})") from None
-        with os.fdopen(descriptor, "w") as f:
-            json.dump(self.me, f)
-        return True
+        finally:
+            part.unlink(missing_ok=True)
 
     def _live(self) -> None:
         while not self._ended.wait(BEAT):

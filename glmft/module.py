@@ -22,7 +22,7 @@ from glmft.models.published import check_folder
 from glmft.models.tokenizer import load_tokenizer
 from glmft.optim import OptimizerFactory, SchedulerFactory
 from glmft.precision import DTYPE_OF
-from glmft.schema import Count, DtypeName, Name
+from glmft.schema import Budget, Count, DtypeName, Name
 from glmft.strategies.base import Strategy
 
 MOST_PARTS = 64
@@ -80,6 +80,8 @@ class FineTuner(L.LightningModule):
         gradient_checkpointing: keep only each layer's input and compute the rest again in the backward pass.
         compile_layers: compile each decoder layer; "auto" does so on a GPU with torch's variable-length attention, for
             runs that are long enough to gain by it.
+        memory_budget: share of their activations that compiled layers keep, above 0 and at most 1; the cheapest of the
+            rest is computed again in the backward pass.
         skip_nonfinite: so many steps whose loss or gradient is not finite are skipped; the next one ends the run.
         seed: of dropout; every micro-batch is seeded by (seed, epoch, index).
     """
@@ -95,11 +97,12 @@ class FineTuner(L.LightningModule):
         dtype: DtypeName = "auto",
         gradient_checkpointing: bool = False,
         compile_layers: bool | Literal["auto"] = "auto",
+        memory_budget: Budget = 1.0,
         skip_nonfinite: Count = 0,
         seed: Count = 0,
     ) -> None:
         super().__init__()
-        self.skip_nonfinite, self.spikes = skip_nonfinite, Spikes()
+        self.skip_nonfinite, self.spikes, self.memory_budget = skip_nonfinite, Spikes(), memory_budget
         self.path, self.source, self.revision, self.dtype_name = path, source, revision, dtype
         self.tuning, self.optimizer_factory, self.scheduler_factory = strategy, optimizer, scheduler
         self.gradient_checkpointing, self.compile_layers, self.seed = gradient_checkpointing, compile_layers, seed
@@ -148,7 +151,7 @@ class FineTuner(L.LightningModule):
         if self.gradient_checkpointing or compiles:  # compiled: so that the first layer shares the others' graph
             glm(self.network).enable_input_require_grads()
         if compiles:
-            compiling.compile_layers(glm(self.network).model.layers)
+            compiling.compile_layers(glm(self.network).model.layers, self.memory_budget)
         self.network.train()
 
     def _compiles(self, model: Any) -> bool:

@@ -14,6 +14,8 @@ Share = Annotated[float, Interval(ge=0, lt=1)]
 """At least 0, less than 1."""
 ReplayShare = Annotated[float, Interval(gt=0, le=0.9)]
 """Above 0, at most 0.9."""
+Budget = Annotated[float, Interval(gt=0, le=1)]
+"""Above 0, at most 1."""
 Rate = Annotated[float, Interval(gt=0, lt=float("inf"))]
 """Above 0, finite."""
 NonNegative = Annotated[float, Interval(ge=0, lt=float("inf"))]

@@ -12,9 +12,16 @@ PAYS_FROM = 2_000_000
 """Tokens of a run from which compiling is worth its start: about 30 s against 25 microseconds a token on an H100."""
 
 
-def compile_layers(layers: Iterable[nn.Module]) -> None:
+def compile_layers(layers: Iterable[nn.Module], memory_budget: float = 1.0) -> None:
     """Each layer's forward is compiled where it is called with packed rows and gradients, and is plain in validation,
-    generation and padded batches, whose shapes change from call to call."""
+    generation and padded batches, whose shapes change from call to call.
+
+    `memory_budget` is the share of a layer's activations that may be kept for the backward pass; what costs least is
+    computed again there (torch's min-cut partitioner, `torch._functorch.config.activation_memory_budget`).
+    """
+    import torch._functorch.config  # heavy, and only needed here
+
+    torch._functorch.config.activation_memory_budget = memory_budget
     for layer in layers:
         layer.forward = _Switch(layer.forward)
 

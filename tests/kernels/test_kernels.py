@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from glmft import optim
@@ -61,6 +62,7 @@ def test_chunked_loss_equals_its_reference():
     assert cross_entropy_sum(hidden[:0], weight, targets[:0]) == 0
 
 
+@pytest.mark.share("speed")
 def test_compiled_layers_give_the_same_loss_and_gradients(tiny, monkeypatch):
     """Packed training goes through the compiler (its tracing and autograd; no code is generated here), validation and
     generation do not."""
@@ -80,7 +82,7 @@ def test_compiled_layers_give_the_same_loss_and_gradients(tiny, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", counting)
     results = []
-    for compiled in (False, True):
+    for budget in (None, 1.0, 0.3):
         module = FineTuner(str(tiny), LoRA(r=4), optim.adamw, optim.constant)
         torch.manual_seed(0)
         module.network = module.tuning.apply(load_model(tiny, dtype="float32").requires_grad_(False)).train()
@@ -88,13 +90,16 @@ def test_compiled_layers_give_the_same_loss_and_gradients(tiny, monkeypatch):
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.02)
         glm(module.network).enable_input_require_grads()
-        if compiled:
-            compiling.compile_layers(glm(module.network).model.layers)
+        calls.clear()
+        if budget:
+            torch.compiler.reset()
+            compiling.compile_layers(glm(module.network).model.layers, budget)
         loss = module.loss_sum(batch)
         loss.backward()
         with torch.no_grad():
             module.loss_sum(batch)
-        assert len(calls) == (4 if compiled else 0)
+        assert len(calls) == (4 if budget else 0)
         grads = torch.cat([p.grad.flatten() for p in module.trained_parameters.values()])
         results.append((loss.detach(), grads))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-5, atol=1e-6)
