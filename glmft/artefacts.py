@@ -60,7 +60,11 @@ def write_folder(
             old = folder.with_name(f".{folder.name}{OLD}")
             remove(old)
             folder.rename(old)
-            part.rename(folder)
+            try:
+                part.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
             remove(old)
         else:
             part.rename(folder)

@@ -106,7 +106,10 @@ def command(chat: Chat, line: str) -> str | None:
     elif name == "save":
         if not rest:
             raise UserError("/save needs a file name")
-        write_json(Path(rest), chat.to_json())
+        try:
+            write_json(Path(rest).expanduser(), chat.to_json())
+        except OSError as e:
+            raise UserError(f"{rest}: cannot be written ({e.strerror})") from None
         print(f"saved to {rest}")
     elif name == "set":
         chat.sampling = changed(chat.sampling, rest)
@@ -229,6 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GlmftError as e:
         print(f"glmft: {e}", file=sys.stderr)
         return e.exit_code
+    except UnicodeDecodeError as e:
+        print(f"glmft: --prompt -: not UTF-8 (byte {e.start})", file=sys.stderr)
+        return UserError.exit_code
+    except KeyboardInterrupt:
+        return 130
     if options.json:
         told = [
             {"voice": r.voice, "answer": r.message.content, "tool": r.message.metadata, "stopped": r.stopped}

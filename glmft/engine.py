@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from glmft.artefacts import MANIFEST, verify
 from glmft.errors import DamagedError, UserError
 from glmft.files import read_json
 from glmft.messages import Message
@@ -41,6 +42,8 @@ def find_tuned(source: str, base: str | None = None) -> Tuned:
         UserError: it is none of these, or a run that left nothing yet.
     """
     given = Path(source).expanduser()
+    if not given.exists() and given.parent != Path() and given.parent.is_dir():
+        raise UserError(f"{source}: no run, adapter or model of this name in {given.parent}")
     folder = next((p for p in (given, Path("runs") / source) if p.is_dir()), None)
     if folder is None or (folder / "config.json").is_file():
         if folder is None and find_local(source) is None and "/" not in source:
@@ -84,6 +87,7 @@ class Sampling:
             *(["temperature must be 0 to 5"] if not 0 <= self.temperature <= 5 else []),
             *(["top_p must be above 0, at most 1"] if not 0 < self.top_p <= 1 else []),
             *(["top_k must be 0 or more"] if self.top_k < 0 else []),
+            *(["seed must be 0 to 2^63 - 1"] if self.seed is not None and not 0 <= self.seed < 2**63 else []),
             *(["repetition_penalty must be above 0"] if self.repetition_penalty <= 0 else []),
         ]
         if wrong:
@@ -98,6 +102,25 @@ class Reply:
     message: Message
     ids: list[int] = field(default_factory=list)
     stopped: str = "end"
+
+
+def checked_device(name: str) -> str:
+    """The device, if it can be used.
+
+    Raises:
+        UserError: an unknown name, or a GPU that is not there.
+    """
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"device '{name}': {str(e).splitlines()[0]}") from None
+    return name
+
+
+def moves_the_base(adapter: Path) -> str:
+    """The initialisation that changes the base's own weights, as PiSSA and OLoRA do, or an empty text."""
+    init = read_json(adapter / CONFIG).get("init_lora_weights")
+    return init if isinstance(init, str) and init.startswith(("pissa", "olora", "corda")) else ""
 
 
 Watch = Callable[[int, Message], bool]  # row and what it says so far; false ends the answer
@@ -120,19 +143,28 @@ class Engine:
             raise UserError(f"adapters of several base models: {', '.join(sorted(bases))}; give --model")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        base = load_model(bases.pop(), dtype=dtype, device=device).eval()
+        base = load_model(bases.pop(), dtype=dtype, device=checked_device(device)).eval()
         self.tokenizer = load_tokenizer(base.source_folder)
         self.voices: dict[str, tuple[Any, str | None]] = {BASE: (base, None)}
         model: Any = base
         for i, t in enumerate(tuned):
+            if t.name == BASE and (t.adapter or t.model):
+                t = replace(t, name=f"{BASE} (tuned)")
             if t.name in self.voices and t.name != BASE:
                 raise UserError(f"two voices are called '{t.name}'; rename one of the folders")
             inside = f"voice{i}"  # PEFT takes no dots in names
             if t.adapter is not None:
+                if moved := moves_the_base(t.adapter):
+                    raise UserError(
+                        f"{t.adapter}: init_lora_weights={moved} moves the base's weights, so the base cannot answer "
+                        "beside it; glmft export merges it into a model of its own"
+                    )
                 loading = add_adapter if isinstance(model, PeftModel) else load_adapter
                 model = loading(model, t.adapter, inside)
                 self.voices[t.name] = (model, inside)
             elif t.model is not None:
+                if (t.model / MANIFEST).is_file():
+                    verify(t.model)
                 self.voices[t.name] = (load_model(t.model, dtype=dtype, device=device).eval(), None)
         self.voices[BASE] = (model, None)
         self.limit: int = glm(model).config.max_position_embeddings

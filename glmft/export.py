@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glmft.artefacts import MANIFEST, write_folder
+from glmft.artefacts import MANIFEST, verify, write_folder
 from glmft.caches import use_cache_dir
 from glmft.errors import DamagedError, GlmftError, ResourceError, UserError
 from glmft.quiet import quiet_libraries
@@ -29,7 +29,7 @@ def export(source: str, target: Path, base: str | None, layout: Any, dtype: str,
     """
     import torch
 
-    from glmft.engine import find_tuned
+    from glmft.engine import checked_device, find_tuned
     from glmft.models.loading import glm, load_model
     from glmft.models.saving import save_model
     from glmft.models.tokenizer import load_tokenizer
@@ -40,6 +40,9 @@ def export(source: str, target: Path, base: str | None, layout: Any, dtype: str,
     tuned = find_tuned(source, base)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    checked_device(device)
+    if tuned.model is not None and (tuned.model / MANIFEST).is_file():
+        verify(tuned.model)
     model: Any = load_model(tuned.model or tuned.base, dtype=dtype, device=device).eval()
     tokenizer = load_tokenizer(model.source_folder)
     facts = {"base": model.base_fingerprint, "source": source, "layout": layout}
@@ -64,7 +67,7 @@ def export(source: str, target: Path, base: str | None, layout: Any, dtype: str,
         write_folder(target, write, facts, needed=size)
         kept = str(merged.lm_head.weight.dtype).removeprefix("torch.")
         found = logits(load_model(target, dtype=kept, device=device).eval())
-    except (GlmftError, OSError):
+    except BaseException:  # also Ctrl-C: what was not compared does not stay
         _discard(target)
         raise
     difference = max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
@@ -112,8 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GlmftError as e:
         print(f"glmft: {e}", file=sys.stderr)
         return e.exit_code
-    except MemoryError:
-        print("glmft: not enough memory to merge; try --dtype bfloat16", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    except (MemoryError, RuntimeError, ValueError) as e:  # torch: out of memory; PEFT: a merge that is not finite
+        print(f"glmft: {str(e).splitlines()[0] if str(e) else 'not enough memory'}", file=sys.stderr)
         return ResourceError.exit_code
     what = f"{told['bytes'] / 1e9:.2f} GB, {told['layout']}, {told['dtype']}, in {time.monotonic() - began:.1f} s"
     print(f"{told['folder']}: {what}; loaded again, logits differ by {told['largest_logit_difference']:.2g} at most")

@@ -63,6 +63,9 @@ class RunLock:
             aside = self.file.with_name(f"{self.file.name}.{os.getpid()}")
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 self.file.rename(aside)
+                if read_holder(aside) != holder:  # it was another's by then: give it back
+                    aside.rename(self.file)
+                    continue
                 aside.unlink()
             print(
                 f"glmft: the lock of process {holder['pid']} on {holder['host']}, which is gone, is taken over",
@@ -104,8 +107,9 @@ class RunLock:
 
     def _live(self) -> None:
         while not self._ended.wait(BEAT):
-            if read_holder(self.file) == self.me:
-                write_json(self.file, self.me)
+            with contextlib.suppress(OSError):  # a disk that hangs or is full for a while
+                if read_holder(self.file) == self.me:
+                    write_json(self.file, self.me)
 
 
 def read_holder(file: Path) -> dict[str, Any] | None:
@@ -171,9 +175,14 @@ class RankGuard:
         return [f for f in self.own.file.parent.glob(".rank-*") if f != self.own.file]
 
     def _watch(self) -> None:
+        began = _now(self.own.file)
+        seen: set[Path] = set()  # that gave a sign of life since this process began: others are of an earlier start
         while not self._ended.wait(WATCH):
             for file in self._others():
-                holder = read_holder(file)
+                with contextlib.suppress(FileNotFoundError):
+                    if file.stat().st_mtime >= began - WATCH:
+                        seen.add(file)
+                holder = read_holder(file) if file in seen else None
                 if holder and gone(file, holder) and not self._ended.wait(WATCH):  # it may just have ended well
                     if not file.exists():
                         continue

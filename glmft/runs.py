@@ -25,7 +25,7 @@ from typing import Any, Literal, TextIO
 import psutil
 
 from glmft import __version__
-from glmft.artefacts import read_manifest, verify
+from glmft.artefacts import read_manifest, remove, verify
 from glmft.errors import DamagedError, UserError
 from glmft.files import append_jsonl, read_json, write_atomic, write_json
 
@@ -100,6 +100,14 @@ class Run:
             except DamagedError as e:
                 problems.append(str(e))
         return None, problems
+
+    def set_aside(self, step: int) -> None:
+        """Checkpoints above a step, which are damaged, get another name, so that none is taken for the newest."""
+        for folder in self.checkpoints.glob("step-*"):
+            if folder.name > self.checkpoint(step).name:
+                aside = folder.with_name(f"damaged-{folder.name}")
+                remove(aside)
+                folder.rename(aside)
 
     def check_free(self) -> None:
         """Nothing but a run may be in the folder.

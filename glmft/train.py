@@ -5,12 +5,13 @@ The only place that sees `cfg`. Checks that need no torch come first: a refusal 
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +48,10 @@ def main(cfg: DictConfig) -> float | None:
     """One run; returns the metric that a sweep optimises."""
     config.check(cfg, TOPS)
     run = name_run(cfg)
-    complete, metric = already_done(cfg, run)
-    if complete:
-        return metric
+    if is_main_process() or cfg.resume.mode != "never":  # by now the first process may have begun it
+        complete, metric = already_done(cfg, run)
+        if complete:
+            return metric
     if not is_main_process():
         with RankGuard(run.path, rank()):
             return train(cfg, run, run.newest_checkpoint()[0], {})
@@ -137,7 +139,8 @@ def checkpoint_to_continue(run: Run, facts: dict[str, str]) -> Path | None:
         DamagedError: there are checkpoints, and none of them is whole.
         ProblemList: it was made with another base model or other data.
     """
-    remove_leftovers(run.checkpoints)
+    for place in (run.path, run.checkpoints):
+        remove_leftovers(place)
     folder, damaged = run.newest_checkpoint()
     if folder is None and damaged:
         told = "\n  - ".join(damaged)
@@ -148,7 +151,8 @@ def checkpoint_to_continue(run: Run, facts: dict[str, str]) -> Path | None:
         return None
     manifest = read_manifest(folder)
     for problem in damaged:
-        print(f"glmft: {problem}: going on from step {manifest['step']} instead", flush=True)
+        print(f"glmft: {problem}: set aside, going on from step {manifest['step']} instead", flush=True)
+    run.set_aside(int(manifest["step"]))
     changed = [
         f"{what}: {manifest.get(key)} -> {facts[key]}" for key, what in FACTS.items() if manifest.get(key) != facts[key]
     ]
@@ -231,12 +235,13 @@ def train(cfg: DictConfig, run: Run, checkpoint: Path | None, facts: dict[str, s
         if failed and trainer.is_global_zero:
             stopped = isinstance(failed, (SystemExit, KeyboardInterrupt))
             reason = stop.signal.name if stop.signal else str(failed) or type(failed).__name__
-            record.fail("stopped" if stopped else "failed", reason)
+            with suppress(OSError):
+                record.fail("stopped" if stopped else "failed", reason)
             if stopped:
                 print(
                     f"glmft: stopped ({reason}) after step {trainer.global_step}; to go on:\n    {command}", flush=True
                 )
-            with (run.path / "run.log").open("a", encoding="utf-8") as log:
+            with suppress(OSError), (run.path / "run.log").open("a", encoding="utf-8") as log:
                 log.write("".join(traceback.format_exception(failed)))
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
@@ -248,6 +253,8 @@ def as_failure(e: BaseException, trainer: L.Trainer) -> BaseException:
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ResourceError(f"the disk is full ({e.filename or e}); free some space, and run the same command again")
     if isinstance(e, MisconfigurationException):
         return UserError(f"trainer: {e}")
     if isinstance(e, torch.OutOfMemoryError):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmft.artefacts import MANIFEST, write_folder
+from glmft.artefacts import write_folder
 from glmft.chat import Chat, changed, command, main
 from glmft.engine import BASE, Engine, Sampling, find_tuned
 from glmft.errors import UserError
@@ -199,4 +199,19 @@ def test_what_is_found_under_a_name(tiny, folders, tmp_path, monkeypatch):
         find_tuned(str(tmp_path))
     with pytest.raises(UserError, match="no run, adapter or model of this name"):
         find_tuned("nothing")
-    (folders[0] / MANIFEST).exists()
+    with pytest.raises(UserError, match="no run, adapter or model of this name in runs"):
+        find_tuned("runs/typo")
+
+
+def test_what_would_move_the_base_is_not_put_beside_it(tiny, tmp_path):
+    folder = adapter(tiny, tmp_path / "moved", 1, init_weights="pissa")
+    with pytest.raises(UserError, match=r"init_lora_weights=pissa moves the base's weights.*glmft export"):
+        Engine([find_tuned(str(folder), str(tiny))], "float32", "cpu")
+
+
+def test_a_run_called_base_and_devices_that_are_not_there(tiny, tmp_path):
+    folder = adapter(tiny, tmp_path / "base", 1)
+    assert Engine([find_tuned(str(folder), str(tiny))], "float32", "cpu").names == [BASE, "base (tuned)"]
+    for device in ("foo", "cuda:63"):
+        with pytest.raises(UserError, match=f"device '{device}'"):
+            Engine([find_tuned(str(folder), str(tiny))], "float32", device)

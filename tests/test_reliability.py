@@ -194,7 +194,7 @@ SAYS = {
 def test_a_damaged_newest_checkpoint_is_left_for_an_older_one(train, monkeypatch):
     """Every kind of damage, one after the other; the last one leaves nothing to fall back to."""
     rotate = Checkpoints._rotate
-    monkeypatch.setattr(Checkpoints, "_rotate", lambda self: None)
+    monkeypatch.setattr(Checkpoints, "_rotate", lambda self, newest: None)
     saved = ("callbacks.checkpoint.every_n_train_steps=2", *RUN)
     with monkeypatch.context() as m:
         at_step(m, 5, send(signal.SIGTERM))
@@ -403,3 +403,68 @@ def test_manifest_of_a_foreign_folder(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps({"format": 1, "files": {"../x": {"bytes": 0, "sha256": ""}}}))
     with pytest.raises(DamagedError, match="missing"):
         verify(tmp_path)
+
+
+def test_a_damaged_checkpoint_never_pushes_out_a_good_one(train, monkeypatch):
+    rotate = Checkpoints._rotate
+    monkeypatch.setattr(Checkpoints, "_rotate", lambda self, newest: None)
+    saved = ("callbacks.checkpoint.every_n_train_steps=1", *RUN)
+    with monkeypatch.context() as m:
+        at_step(m, 5, send(signal.SIGTERM))
+        assert train("run.name=a", *saved).code == 143
+    monkeypatch.setattr(Checkpoints, "_rotate", rotate)
+    kept = sorted(Path("runs/a/checkpoints").iterdir())
+    damaged("one bit", kept[-1])
+    with monkeypatch.context() as m:
+        at_step(m, 6, send(signal.SIGTERM))
+        assert train("run.name=a", *saved).code == 143
+    names = sorted(p.name for p in Path("runs/a/checkpoints").iterdir())
+    assert names == ["damaged-step-0000006", "step-0000007"]
+    assert verify(Path("runs/a/checkpoints/step-0000007"))
+
+
+def test_a_run_whose_last_step_is_not_saved_is_not_done(train, monkeypatch):
+    from glmft import checkpoints
+
+    def full(*args, **kwargs):
+        raise SaveFailed("checkpoints: not saved: No space left on device (0 bytes free)")
+
+    monkeypatch.setattr(checkpoints, "write_folder", full)
+    result = train("run.name=a", *RUN, "trainer.max_steps=2", "callbacks.tuned=null")
+    assert result.code == 4
+    assert read_status(Path("runs/a"))["state"] == "failed"
+
+
+def test_a_full_disk_is_said(train, monkeypatch):
+    from glmft import runs
+
+    def full(path, row):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(runs, "append_jsonl", full)
+    result = train("run.name=a", *RUN)
+    assert result.code == 4
+    assert "the disk is full (" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_lock_that_changed_hands_is_given_back(tmp_path, monkeypatch):
+    """Between the look and the takeover another process may have taken over."""
+    from glmft import locks
+
+    (tmp_path / "more").touch()
+    stale = RunLock(tmp_path).me | {"pid": 2**22 + 1}
+    fresh = RunLock(tmp_path).me | {"pid": os.getpid(), "since": 1.0}
+    (tmp_path / ".lock").write_text(json.dumps(stale))
+    first = [True]
+
+    def gone(file, holder):
+        if first.pop() if first else False:
+            (tmp_path / ".lock").write_text(json.dumps(fresh))
+            return True
+        return False
+
+    monkeypatch.setattr(locks, "gone", gone)
+    with pytest.raises(UserError, match="works here since"):
+        RunLock(tmp_path).__enter__()
+    assert json.loads((tmp_path / ".lock").read_text()) == fresh

@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from glmft.artefacts import remove
+from glmft.artefacts import SaveFailed, remove
 from glmft.checkpoints import CheckpointFiles
 from glmft.module import FineTuner
 from glmft.runs import Run
@@ -71,6 +71,10 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, tuner: L.LightningModule) -> None:
         self.save_once(trainer)
+        if self.saved_step != trainer.global_step:
+            raise SaveFailed(
+                f"{self.run.checkpoints}: the last step could not be saved; free some space, and run it again"
+            )
 
     def save_once(self, trainer: L.Trainer) -> None:
         """Saves, unless this step is saved already."""
@@ -85,27 +89,29 @@ class Checkpoints(Checkpoint):
         """
         self._waiting, self._saved_at = False, time.monotonic()
         trainer.save_checkpoint(self.run.checkpoint(trainer.global_step))
-        if not trainer.is_global_zero:
-            self.saved_step = trainer.global_step
-            return
         files = trainer.strategy.checkpoint_io
         assert isinstance(files, CheckpointFiles)
-        if files.failure is not None:
-            self._failures += 1
-            if self._failures == FAILURES:
-                raise files.failure
-            print(f"glmft: {files.failure}; the run goes on and tries again", flush=True)
+        failure = str(files.failure) if files.failure else None
+        if trainer.world_size > 1:  # only the first rank writes
+            failure = trainer.strategy.broadcast(failure)
+        if failure is None:
+            self.saved_step, self._failures = trainer.global_step, 0
+            if trainer.is_global_zero:
+                self._rotate(trainer.global_step)
             return
-        self.saved_step, self._failures = trainer.global_step, 0
-        self._rotate()
+        self._failures += 1
+        if self._failures == FAILURES:
+            raise SaveFailed(failure)
+        if trainer.is_global_zero:
+            print(f"glmft: {failure}; the run goes on and tries again", flush=True)
 
-    def _rotate(self) -> None:
-        """Keeps the newest and the best."""
+    def _rotate(self, newest: int) -> None:
+        """Keeps the one just written and the best."""
         found = self.run.manifests()
         scored = [(m["val/loss"], -step) for step, m in found.items() if m.get("val/loss") is not None]
         best = -min(scored)[1] if scored else None
-        for step in sorted(found)[:-1]:
-            if step != best:
+        for step in found:
+            if step not in (newest, best):
                 remove(self.run.checkpoint(step))
 
 

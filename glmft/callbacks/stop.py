@@ -93,6 +93,8 @@ class GracefulStop(Checkpoint):  # a Checkpoint, so that Lightning calls it behi
         checkpoints = find_callback(trainer, Checkpoints)
         if checkpoints is not None:
             checkpoints.save_once(trainer)
+            if checkpoints.saved_step != trainer.global_step and trainer.is_global_zero:
+                print(f"glmft: step {trainer.global_step} is not saved", flush=True)
         self._tuner = None
         if number in REQUEUE and trainer.is_global_zero:
             requeue()
