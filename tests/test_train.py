@@ -62,7 +62,7 @@ def test_the_embedded_default_changes_the_identity_and_keeps_the_rest(train, tin
     assert (status["state"], status["step"], status["total"]) == ("done", summary["steps"], summary["steps"])
     assert (run / "loss.png").stat().st_size > 10_000
     assert {p.name for p in (run / "adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "README.md",
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "manifest.json",
     }  # fmt: skip
     command = (run / "command.txt").read_text()
     assert command == "python -m glmft.train 'data.fill.name=小明' 'data.fill.author=Ada Lovelace' run.name=demo\n"

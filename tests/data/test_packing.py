@@ -94,9 +94,9 @@ def test_a_hundred_thousand_samples():
     rng = np.random.default_rng(0)
     size = np.clip(rng.lognormal(np.log(220), 0.96, 100_000).astype(int), 1, 2048)
     plan_rows(size[:1000], 2048, 0, 0)
-    began = time.perf_counter()
+    began = time.process_time()  # what the plan takes, whatever else the machine does
     rows = plan_rows(size, 2048, 0, 0)
-    spent = time.perf_counter() - began
+    spent = time.process_time() - began
     assert size.sum() / (2048 * len(rows)) > 0.999
     assert spent < 0.5
     order = size[[i for row in rows for i in row]]
