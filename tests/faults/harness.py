@@ -437,6 +437,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=400)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="use only so many, chosen by seed")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no fault after so long")
     parser.add_argument("--plain", type=int, default=8, help="kills of plain Lightning, for comparison")
     parser.add_argument("--json", type=Path, help="write every fault here")
     options = parser.parse_args()
@@ -451,11 +452,14 @@ def main() -> int:
         reference = references(settings, root)
         results = other_faults(root, reference)
         made = sum(r.counted for r in results)
-        while made < options.faults:
+        end = time.monotonic() + options.seconds
+        while made < options.faults and time.monotonic() < end:
             setting = settings[made % len(settings)]
             other_device = memory if memory.is_dir() and rng.random() < 0.5 else None
             results.append(fault(setting, fresh(root, "fault"), rng, reference[setting], other_device))
             made += results[-1].counted
+            if made % 20 == 0 and results[-1].counted:
+                print(f"{made} faults, {sum(r.passed for r in results if r.counted)} identical", flush=True)
             if not results[-1].passed and results[-1].counted:
                 print(f"failed: {results[-1]}", flush=True)
         plain = {}
