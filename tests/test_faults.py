@@ -19,12 +19,12 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     done = run(
-        "harness.py", "--faults", "8", "--settings", "2", "--seed", "7", "--plain", "2", "--json", f"{tmp_path}/f"
+        "harness.py", "--faults", "5", "--settings", "2", "--seed", "7", "--plain", "2", "--json", f"{tmp_path}/f"
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "f").read_text())
     counted = [f for f in found["faults"] if f["counted"]]
-    assert len(counted) >= 8
+    assert len(counted) >= 5
     assert all(f["identical"] and f["verified"] for f in counted)
 
 

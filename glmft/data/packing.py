@@ -7,8 +7,10 @@ a function of (lengths, seed, epoch) alone, so it needs no saved state, and ever
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +43,18 @@ def best_fit(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[i
     return rows
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python would look for cycles through everything that is loaded, each time some thousand lists were made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def plan_rows(lengths: np.ndarray, budget: int, seed: int, epoch: int) -> list[list[int]]:
     """Rows of an epoch, in random order. Their number is the same in every epoch, their content is not.
 
@@ -50,9 +64,10 @@ def plan_rows(lengths: np.ndarray, budget: int, seed: int, epoch: int) -> list[l
     rng = np.random.default_rng((seed, epoch))
     ties = rng.permutation(len(lengths))
     exact = ties[np.argsort(-lengths[ties], kind="stable")]
-    rows = best_fit(lengths, exact, budget)
-    noisy = np.argsort(-(lengths * rng.uniform(0.8, 1.0, len(lengths))), kind="stable")
-    candidate = best_fit(lengths, noisy, budget)
+    with _no_collection():
+        rows = best_fit(lengths, exact, budget)
+        noisy = np.argsort(-(lengths * rng.uniform(0.8, 1.0, len(lengths))), kind="stable")
+        candidate = best_fit(lengths, noisy, budget)
     if len(candidate) == len(rows):
         rows = candidate
     return [rows[i] for i in rng.permutation(len(rows))]
