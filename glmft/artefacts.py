@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -46,7 +47,7 @@ def write_folder(
         remove(part)
         free = shutil.disk_usage(folder.parent).free
         if free < needed:
-            raise OSError(28, f"needed {needed:,} bytes, free {free:,}")
+            raise OSError(errno.ENOSPC, f"needed {needed:,} bytes, free {free:,}")
         part.mkdir()
         hashed = write(part) or {}
         files = {}
@@ -114,6 +115,11 @@ def verify(folder: Path) -> dict[str, Any]:
         if file_hash(file) != told["sha256"]:
             raise DamagedError(f"{file}: its content is not what was written")
     return manifest
+
+
+def verify_if_listed(folder: Path) -> dict[str, Any]:
+    """As `verify`, for folders that may come from elsewhere: an empty dict where there is no manifest."""
+    return verify(folder) if (folder / MANIFEST).is_file() else {}
 
 
 def file_hash(file: Path) -> str:

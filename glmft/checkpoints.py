@@ -79,6 +79,16 @@ def _walk(node: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     return node
 
 
+def recount(progress: dict[str, dict[str, Any]], epochs: int, step: int, accumulate: int, whole: int) -> None:
+    """Writes Lightning's counters of micro-batches anew for a run that cuts its steps otherwise: after `epochs` epochs
+    of `whole` micro-batches each and `step` optimizer steps of `accumulate` micro-batches."""
+    for name, batches in (("current", step * accumulate), ("total", epochs * whole + step * accumulate)):
+        at_end = name == "current" and step == 0 and progress[name]["ready"] > 0
+        for key in ("ready", "started", "processed", "completed"):
+            behind = progress[name]["ready"] - progress[name][key]  # saved before Lightning counted the last one
+            progress[name][key] = max((whole if at_end else batches) - behind, 0)
+
+
 class CheckpointFiles(TorchCheckpointIO):
     """Writes and reads checkpoint folders: `trainer.ckpt`, packed, with a manifest of what it belongs to.
 

@@ -20,11 +20,12 @@ from glmft.data import bench, tokens
 from glmft.data.corpus import registered_records
 from glmft.data.encoding import OnTooLong, Policies, TooLong, conversation_of, limit_length, supervise
 from glmft.data.packing import Schedule
-from glmft.data.preparation import places, prepare_set, source
+from glmft.data.preparation import places, prepare_set
 from glmft.data.reading import READERS
 from glmft.data.records import RecordError
 from glmft.data.registry import REGISTRY, DatasetEntry, describe, direct_file, find_dataset, read_registry, registries
 from glmft.data.report import lines, report
+from glmft.data.tally import source
 from glmft.data.writing import WRITERS
 from glmft.errors import GlmftError, ProblemList, UserError
 from glmft.files import write_json
@@ -191,22 +192,21 @@ def convert(options: argparse.Namespace) -> int:
     write = WRITERS[options.to]
     written = 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=target.suffix, encoding="utf-8") as out:
-        for written, conversation in enumerate(conversations(entry, options.fill), start=1):
-            try:
-                text = json.dumps(write(conversation), ensure_ascii=False)
-            except RecordError as e:
-                raise UserError(f"{conversation.source}: {e}") from None
-            out.write(f"{text}\n" if as_lines else ("[\n" if written == 1 else ",\n") + text)
-        out.write("" if as_lines else "\n]\n" if written else "[]\n")
-        out.flush()
-        os.fsync(out.fileno())
-        part = target.with_name(f".{target.name}.part-{os.getpid()}")
-        try:
-            shutil.copyfile(out.name, part)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+    part = target.with_name(f".{target.name}.part-{os.getpid()}")
+    try:
+        with part.open("w", encoding="utf-8") as out:
+            for written, conversation in enumerate(conversations(entry, options.fill), start=1):
+                try:
+                    text = json.dumps(write(conversation), ensure_ascii=False)
+                except RecordError as e:
+                    raise UserError(f"{conversation.source}: {e}") from None
+                out.write(f"{text}\n" if as_lines else ("[\n" if written == 1 else ",\n") + text)
+            out.write("" if as_lines else "\n]\n" if written else "[]\n")
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
     print(f"{written} records of {entry.name} ({entry.formatting}) are in {target} ({options.to})")
     return 0
 

@@ -13,10 +13,11 @@ from peft import PeftModel
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from glmft.artefacts import MANIFEST, verify
+from glmft.artefacts import verify_if_listed
 from glmft.errors import DamagedError, UserError
 from glmft.files import read_json
 from glmft.messages import Message
+from glmft.models.generation import left_padded
 from glmft.models.hub import find_local
 from glmft.models.loading import glm, load_model
 from glmft.models.tokenizer import load_tokenizer
@@ -163,8 +164,7 @@ class Engine:
                 model = loading(model, t.adapter, inside)
                 self.voices[t.name] = (model, inside)
             elif t.model is not None:
-                if (t.model / MANIFEST).is_file():
-                    verify(t.model)
+                verify_if_listed(t.model)
                 self.voices[t.name] = (load_model(t.model, dtype=dtype, device=device).eval(), None)
         self.voices[BASE] = (model, None)
         self.limit: int = glm(model).config.max_position_embeddings
@@ -205,12 +205,7 @@ class Engine:
     ) -> list[Reply]:
         model = self.voices[voices[0]][0]
         device = next(model.parameters()).device
-        longest = max(map(len, prompts))
-        ids = torch.full((len(prompts), longest), self.tokenizer.pad_id, device=device)  # [B, S], padded on the left
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-            mask[row, longest - len(prompt) :] = 1
+        ids, mask = left_padded(prompts, self.tokenizer.pad_id, device)
         follower = _Follower(self, voices, sampling, watch)
         options: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:
@@ -222,7 +217,7 @@ class Engine:
             model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=min(sampling.max_new_tokens, self.limit - longest),
+                max_new_tokens=min(sampling.max_new_tokens, self.limit - ids.shape[1]),
                 repetition_penalty=sampling.repetition_penalty,
                 pad_token_id=self.tokenizer.pad_id,
                 eos_token_id=self.tokenizer.stop_ids,

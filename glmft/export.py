@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glmft.artefacts import MANIFEST, verify, write_folder
+from glmft.artefacts import remove, verify_if_listed, write_folder
 from glmft.caches import use_cache_dir
 from glmft.errors import DamagedError, GlmftError, ResourceError, UserError
 from glmft.quiet import quiet_libraries
@@ -41,8 +41,8 @@ def export(source: str, target: Path, base: str | None, layout: Any, dtype: str,
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     checked_device(device)
-    if tuned.model is not None and (tuned.model / MANIFEST).is_file():
-        verify(tuned.model)
+    if tuned.model is not None:
+        verify_if_listed(tuned.model)
     model: Any = load_model(tuned.model or tuned.base, dtype=dtype, device=device).eval()
     tokenizer = load_tokenizer(model.source_folder)
     facts = {"base": model.base_fingerprint, "source": source, "layout": layout}
@@ -68,13 +68,13 @@ def export(source: str, target: Path, base: str | None, layout: Any, dtype: str,
         kept = str(merged.lm_head.weight.dtype).removeprefix("torch.")
         found = logits(load_model(target, dtype=kept, device=device).eval())
     except BaseException:  # also Ctrl-C: what was not compared does not stay
-        _discard(target)
+        remove(target)
         raise
     difference = max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
     scale = max(float(w.abs().max()) for w in wanted)
     allowed = scale * (1e-4 if kept == "float32" else 0.05)  # merging rounds the sum to the weights' dtype
     if not difference <= allowed:
-        _discard(target)
+        remove(target)
         raise DamagedError(f"{target}: logits differ by {difference:.3g}, at most {allowed:.3g} was expected; removed")
     return {
         "folder": str(target),
@@ -83,13 +83,6 @@ def export(source: str, target: Path, base: str | None, layout: Any, dtype: str,
         "bytes": size,
         "largest_logit_difference": difference,
     }
-
-
-def _discard(folder: Path) -> None:
-    if (folder / MANIFEST).is_file():
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

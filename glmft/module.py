@@ -10,44 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from glmft.data.collate import Batch, split
+from glmft.checkpoints import recount
+from glmft.data.collate import Batch
 from glmft.data.datamodule import InstructionData
-from glmft.errors import DamagedError, GlmftError, ProblemList
+from glmft.errors import DamagedError, ProblemList
+from glmft.guards import Spikes, TrainingStopped
 from glmft.kernels import compiling
 from glmft.kernels.attention import has_varlen, no_mask
 from glmft.kernels.loss import cross_entropy_sum
 from glmft.models.hub import Source, fetch
 from glmft.models.loading import as_dtype, glm, load_model
-from glmft.models.published import check_folder
+from glmft.models.published import check_folder, tensor_differences
 from glmft.models.tokenizer import load_tokenizer
 from glmft.optim import OptimizerFactory, SchedulerFactory
+from glmft.parts import Parts
 from glmft.precision import DTYPE_OF
 from glmft.schema import Budget, Count, DtypeName, Name
 from glmft.strategies.base import Strategy
 
-MOST_PARTS = 64
 NAMED = 20  # records of a step that a message names
-
-
-class Spikes:
-    """Finds losses far above those before: more than six standard deviations, by running estimates."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.variance = 0, 0.0, 0.0
-
-    def seen(self, loss: float, weight: float = 0.95) -> bool:
-        """Takes the loss of a step; true where it is a spike."""
-        away = loss - self.mean
-        spike = self.count >= 20 and away > 6 * self.variance**0.5 and away > 0.2 * self.mean
-        self.count += 1
-        weight = min(weight, 1 - 1 / self.count)
-        self.mean += (1 - weight) * away
-        self.variance = weight * (self.variance + (1 - weight) * away**2)
-        return spike
-
-
-class TrainingStopped(GlmftError):
-    """Training cannot go on: the loss or a gradient is not finite, or the loss is exactly zero."""
 
 
 def total_steps(trainer: L.Trainer) -> int:
@@ -115,8 +96,12 @@ class FineTuner(L.LightningModule):
         self.validated: dict[str, Any] = {}  # the last validation's step and loss
         self.facts: dict[str, Any] = {}  # what a checkpoint's manifest says it belongs to
         self.skipped = 0
-        self._repeat = False  # the gradients of this step were dropped
-        self.parts = 1  # that a micro-batch is computed in, more where memory is short
+        self.parts = Parts(
+            self._share,
+            self._forget_step,
+            accumulate=lambda: self.trainer.accumulate_grad_batches,
+            allowed=lambda: self.trainer.world_size == 1,
+        )
         self._window: list[Batch] = []  # micro-batches of the current optimizer step
         self._seen: Tensor | None = None  # loss and gradient norm of the step, on the device
         self._val_sums: dict[int, Tensor] = {}  # validation set -> [loss, supervised tokens]
@@ -191,58 +176,24 @@ class FineTuner(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The batch's share of the step's loss, or a zero without a graph where `backward` computes it in parts."""
-        if self.parts == 1:
-            try:
-                return self._share(batch)
-            except torch.OutOfMemoryError:
-                self._more_parts()
-        return torch.zeros((), device=self.device)
+        share = self.parts.forward(batch)
+        return torch.zeros((), device=self.device) if share is None else share
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Where memory runs out, the gradients of the step so far are dropped, and its micro-batches are computed
-        again in parts: nothing is lost, and the sum is the same."""
-        again = self._repeat
-        if loss.requires_grad:
-            try:
-                loss.backward(*args, **kwargs)
-                return
-            except torch.OutOfMemoryError:
-                self._more_parts()
-                again = True
-        del loss
-        while True:
-            self._repeat = False
-            try:
-                for batch in self._window if again else self._window[-1:]:
-                    self._in_parts(batch)
-                return
-            except torch.OutOfMemoryError:
-                self._more_parts()
-                again = True
+        self.parts.backward(loss if loss.requires_grad else None, self._window, *args, **kwargs)
 
     def _share(self, batch: Batch) -> Tensor:
         loss = self.loss_sum(batch) / batch.step_tokens
         self._step_loss = self._step_loss + loss.detach()
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def _more_parts(self) -> None:
-        """After an out-of-memory error, which is raised again where nothing can be split: of several ranks, the others
-        would wait for gradients."""
-        if self.trainer.world_size > 1 or self.parts >= MOST_PARTS:
-            raise
-        self.parts, self._repeat = 2 * self.parts, True
-        print(f"glmft: out of memory: micro-batches are computed in {self.parts} parts from here on", flush=True)
+    def _forget_step(self) -> None:
+        self._drop_gradients()
+        self._step_loss = 0.0
+
+    def _drop_gradients(self) -> None:
         for parameter in self.parameters():
             parameter.grad = None
-        self._step_loss = 0.0
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _in_parts(self, batch: Batch) -> None:
-        for part in split(batch, self.parts):
-            share = self._share(part) / self.trainer.accumulate_grad_batches  # as Lightning does with a whole one
-            share.backward()  # type: ignore[no-untyped-call]
-            del share
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self.step_metrics = None
@@ -339,8 +290,7 @@ class FineTuner(L.LightningModule):
         records = self._records_of_window()
         if self.skipped < self.skip_nonfinite:
             self.skipped += 1
-            for parameter in self.parameters():
-                parameter.grad = None  # optimizers leave out what has no gradient
+            self._drop_gradients()  # optimizers leave out what has none
             print(
                 f"glmft: {what}; skipped ({self.skipped} of {self.skip_nonfinite}). It learned from {records}",
                 flush=True,
@@ -382,14 +332,8 @@ class FineTuner(L.LightningModule):
         before, now = checkpoint["glmft"], data.schedule(self.trainer.world_size)
         if (before["accumulate"], before["world_size"]) == (now.accumulate, self.trainer.world_size):
             return
-        steps = data.steps_per_epoch(self.trainer.world_size)
-        epochs, step = divmod(before["step"], steps)
-        whole = now.num_batches(data.num_rows)
-        for name, batches in (("current", step * now.accumulate), ("total", epochs * whole + step * now.accumulate)):
-            at_end = name == "current" and step == 0 and progress[name]["ready"] > 0
-            for key in ("ready", "started", "processed", "completed"):
-                behind = progress[name]["ready"] - progress[name][key]  # saved before Lightning counted the last one
-                progress[name][key] = max((whole if at_end else batches) - behind, 0)
+        epochs, step = divmod(before["step"], data.steps_per_epoch(self.trainer.world_size))
+        recount(progress, epochs, step, now.accumulate, now.num_batches(data.num_rows))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained parameters only."""
@@ -402,13 +346,8 @@ class FineTuner(L.LightningModule):
             DamagedError: a name or shape differs; all are named.
         """
         own = self.trained_parameters
-        problems = [f"missing {n}" for n in own if n not in state_dict]
-        problems += [f"unexpected {n}" for n in state_dict if n not in own]
-        problems += [
-            f"{n} has shape {list(state_dict[n].shape)}, expected {list(p.shape)}"
-            for n, p in own.items()
-            if n in state_dict and state_dict[n].shape != p.shape
-        ]
+        shapes = [{n: tuple(t.shape) for n, t in of.items()} for of in (state_dict, own)]
+        problems = tensor_differences(*shapes)
         if problems:
             raise DamagedError("checkpoint: not of this model and strategy:\n  - " + "\n  - ".join(problems[:20]))
         with torch.no_grad():

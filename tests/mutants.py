@@ -303,6 +303,22 @@ def _() -> None:
     FineTuner._guard = lambda self, loss, grad_norm: None
 
 
+@sabotage(
+    "the update is not left out on the device",
+    f"{MODULE}::test_a_loss_that_is_not_finite_stops_before_the_weights_change",
+)
+def _() -> None:
+    from glmft.module import FineTuner
+
+    original = FineTuner.configure_gradient_clipping
+
+    def applied(self, optimizer, *args, **kwargs):
+        original(self, optimizer, *args, **kwargs)
+        optimizer.found_inf.zero_()
+
+    FineTuner.configure_gradient_clipping = applied
+
+
 @sabotage("loader restarts at 0", RESUME, f"{LOADER}::test_the_rest_is_the_same")
 def _() -> None:
     from glmft.data.datamodule import EpochPlan

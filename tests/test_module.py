@@ -15,8 +15,9 @@ from glmft.data.collate import Batch, pack, pad
 from glmft.data.datamodule import EpochPlan, InstructionData, PlannedDataset
 from glmft.data.packing import Schedule
 from glmft.errors import DamagedError
+from glmft.guards import TrainingStopped
 from glmft.models import load_model
-from glmft.module import FineTuner, TrainingStopped
+from glmft.module import FineTuner
 from glmft.precision import plugin
 from glmft.strategies.full import Full
 from glmft.strategies.lora import LoRA

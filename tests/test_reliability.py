@@ -17,8 +17,9 @@ from glmft.artefacts import MANIFEST, SaveFailed, remove_leftovers, verify, writ
 from glmft.callbacks.checkpoint import Checkpoints
 from glmft.callbacks.record import RunRecord
 from glmft.errors import DamagedError, UserError
+from glmft.guards import Spikes
 from glmft.locks import RunLock
-from glmft.module import FineTuner, Spikes
+from glmft.module import FineTuner
 from glmft.runs import read_jsonl, read_status
 
 pytestmark = pytest.mark.share("reliability")
@@ -164,6 +165,15 @@ def test_another_cut_without_dropout_gives_the_same_losses(train, monkeypatch, s
         assert abs(loss - expected) < 1e-5 * expected
 
 
+def stopped_with_all_checkpoints(train, monkeypatch, options: tuple[str, ...]) -> list[Path]:
+    """Stops run `a` after six steps, with none of its checkpoints removed; returns them, oldest first."""
+    with monkeypatch.context() as m:
+        m.setattr(Checkpoints, "_rotate", lambda self, newest: None)
+        at_step(m, 5, send(signal.SIGTERM))
+        assert train("run.name=a", *options).code == 143
+    return sorted(Path("runs/a/checkpoints").iterdir())
+
+
 def damaged(kind: str, folder: Path) -> None:
     file = folder / "trainer.ckpt"
     if kind == "cut off":
@@ -193,14 +203,8 @@ SAYS = {
 
 def test_a_damaged_newest_checkpoint_is_left_for_an_older_one(train, monkeypatch):
     """Every kind of damage, one after the other; the last one leaves nothing to fall back to."""
-    rotate = Checkpoints._rotate
-    monkeypatch.setattr(Checkpoints, "_rotate", lambda self, newest: None)
     saved = ("callbacks.checkpoint.every_n_train_steps=2", *RUN)
-    with monkeypatch.context() as m:
-        at_step(m, 5, send(signal.SIGTERM))
-        assert train("run.name=a", *saved).code == 143
-    monkeypatch.setattr(Checkpoints, "_rotate", rotate)
-    kept = sorted(Path("runs/a/checkpoints").iterdir())
+    kept = stopped_with_all_checkpoints(train, monkeypatch, saved)
     shutil.copytree("runs/a", "backup")
     for kind, says in SAYS.items():
         shutil.rmtree("runs/a")
@@ -406,14 +410,8 @@ def test_manifest_of_a_foreign_folder(tmp_path):
 
 
 def test_a_damaged_checkpoint_never_pushes_out_a_good_one(train, monkeypatch):
-    rotate = Checkpoints._rotate
-    monkeypatch.setattr(Checkpoints, "_rotate", lambda self, newest: None)
     saved = ("callbacks.checkpoint.every_n_train_steps=1", *RUN)
-    with monkeypatch.context() as m:
-        at_step(m, 5, send(signal.SIGTERM))
-        assert train("run.name=a", *saved).code == 143
-    monkeypatch.setattr(Checkpoints, "_rotate", rotate)
-    kept = sorted(Path("runs/a/checkpoints").iterdir())
+    kept = stopped_with_all_checkpoints(train, monkeypatch, saved)
     damaged("one bit", kept[-1])
     with monkeypatch.context() as m:
         at_step(m, 6, send(signal.SIGTERM))

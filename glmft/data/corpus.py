@@ -18,8 +18,9 @@ import numpy as np
 
 from glmft.data.encoding import CUT, DAMAGE, SPLIT, SPLIT_LESS, OnBadRecord, OnTooLong, Policies
 from glmft.data.mixing import Mix, Samples, Until, choose, interleave, weights_of
-from glmft.data.preparation import PreparedSet, dropped, prepare_set
+from glmft.data.preparation import PreparedSet, prepare_set
 from glmft.data.registry import DatasetEntry, direct_file, find_datasets
+from glmft.data.tally import dropped
 from glmft.errors import ProblemList, UserError, nearest
 from glmft.messages import Conversation
 

@@ -74,7 +74,6 @@ class Chunk:
     num_supervised: np.ndarray
     records: np.ndarray
     hashes: np.ndarray
-    seen: int
     files: dict[int, int]  # file -> records seen
     problems: list[tuple[Place, str, str]] = field(default_factory=list)  # place, kind, message or ""
     events: list[tuple[Place, str]] = field(default_factory=list)  # dropped, cut, damaged
@@ -239,7 +238,6 @@ def _as_arrays(
         num_supervised=np.fromiter((s.num_supervised for _, s in kept), np.int32, len(kept)),
         records=np.fromiter((r for r, _ in kept), np.int64, len(kept)),
         hashes=hashes,
-        seen=files.total(),
         files=dict(files),
         problems=problems,
         events=events,

@@ -7,7 +7,6 @@ follows from everything that decides its content: the data files, the tokenizer,
 from __future__ import annotations
 
 import atexit
-import bisect
 import functools
 import gc
 import hashlib
@@ -19,28 +18,27 @@ import queue
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from glmft.data.encoding import DROPPED, Chunk, Place, Policies, conversation_of, encode_chunk, supervise
+from glmft.artefacts import file_hash
+from glmft.data.encoding import Chunk, Place, Policies, conversation_of, encode_chunk, supervise
 from glmft.data.reading import read_records
 from glmft.data.registry import DatasetEntry
+from glmft.data.tally import Tally, source
 from glmft.data.tokens import NotWritable, TokenStore, TokenWriter, token_dir
-from glmft.errors import DamagedError, GlmftError, ProblemList, ResourceError, UserError
+from glmft.errors import DamagedError, GlmftError, ResourceError, UserError
 from glmft.messages import Conversation
 from glmft.models.tokenizer import load_tokenizer
 
 CHUNK = 512  # records
 QUEUED = 8  # chunks that wait for each process
 SEVERAL_FROM = 16 << 20  # bytes of data files that are worth starting processes for
-BAD = "bad record: "
-NUMBERS = 1000  # record numbers kept for each reason
 CODE = ("messages.py", "models/tokenizer.py", "data/reading.py", "data/records.py", "data/tools.py", "data/encoding.py")
 
 
@@ -60,7 +58,7 @@ class PreparedSet:
 
     @cached_property
     def report(self) -> dict[str, Any]:
-        """records; problems {kind: [numbers]} of dropped bad records; events {what: [numbers]}; counts of both."""
+        """As `Tally.report` gave it."""
         return dict(self.store.metadata["report"])
 
     def conversations(self, samples: Iterable[int]) -> list[Conversation]:
@@ -86,12 +84,6 @@ class PreparedSet:
                 if not missing:
                     break
         return [found[p] for p in wanted]
-
-
-def source(entry: DatasetEntry, place: Place) -> str:
-    """`mine.jsonl: record 7 (line 8)`."""
-    line = f" (line {place.line})" if place.line else ""
-    return f"{entry.files[place.file]}: record {place.number}{line}"
 
 
 def places(entry: DatasetEntry) -> Iterator[tuple[int, Place, Any]]:
@@ -176,8 +168,7 @@ def content_hash(file: Path) -> str:
         UserError: it cannot be read.
     """
     try:
-        with file.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        return file_hash(file)
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror})") from None
 
@@ -280,77 +271,3 @@ def _work(results: Any, entry: DatasetEntry, tokenizer: Path, policies: Policies
         results.put(None)
     except GlmftError as e:
         results.put(e)
-
-
-class Tally:
-    """Counts over the chunks of a data set, and the first messages in full."""
-
-    def __init__(self, entry: DatasetEntry) -> None:
-        self.entry = entry
-        self.records = 0
-        self.problems: Counter[str] = Counter()  # kind -> records
-        self.events: Counter[str] = Counter()  # what -> records
-        self.numbers: dict[str, list[list[int]]] = {}  # kind or what -> [file, number], the first thousand
-        self.messages: list[list[Any]] = []  # [file, number, line, message], the first twenty
-        self.files: Counter[int] = Counter()  # file -> records
-
-    def add(self, chunk: Chunk) -> None:
-        """Takes what a chunk noticed."""
-        self.records += chunk.seen
-        self.files.update(chunk.files)
-        for place, kind, message in chunk.problems:
-            self._count(self.problems, kind, place)
-            if message and len(self.messages) < ProblemList.SHOWN:
-                self.messages.append([*astuple(place), message])
-        for place, what in chunk.events:
-            self._count(self.events, what, place)
-
-    def _count(self, counter: Counter[str], what: str, place: Place) -> None:
-        counter[what] += 1
-        numbers = self.numbers.setdefault(what, [])
-        if len(numbers) < NUMBERS:
-            numbers.append([place.file, place.number])
-
-    def report(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "records": self.records,
-            "files": [self.files[i] for i in range(len(self.entry.files))],
-            "problems": dict(self.problems),
-            "events": dict(self.events),
-            "numbers": self.numbers,
-            "messages": self.messages,
-        }
-
-    def refusal(self) -> ProblemList:
-        """All problems in one message."""
-        bad = self.problems.total()
-        title = f"{bad} of {self.records} records cannot be used (data.on_bad_record=drop leaves them out)"
-        return ProblemList(title, messages(self.entry, self.report()), kinds=self.problems)
-
-
-def messages(entry: DatasetEntry, report: dict[str, Any]) -> list[str]:
-    """The first problems of a report in full, with their places."""
-    return [f"{source(entry, Place(*place))}: {text}" for *place, text in report["messages"]]
-
-
-def numbers(entry: DatasetEntry, report: dict[str, Any]) -> dict[str, list[str]]:
-    """Record numbers of each finding, with the file's name where there are several."""
-    several = len(entry.files) > 1
-    return {
-        what: [f"{entry.files[file].name}:{number}" if several else str(number) for file, number in found]
-        for what, found in report["numbers"].items()
-    }
-
-
-def place_of(report: dict[str, Any], position: int) -> list[int]:
-    """[file, number] of a record by its position in the data set."""
-    ends = list(itertools.accumulate(report["files"]))
-    file = bisect.bisect_right(ends, position)
-    return [file, position - (ends[file - 1] if file else 0) + 1]
-
-
-def dropped(report: dict[str, Any]) -> dict[str, int]:
-    """Records that no sample was made of, by reason."""
-    bad = {BAD + kind: n for kind, n in report["problems"].items()}
-    return bad | {k.removeprefix(DROPPED): n for k, n in report["events"].items() if k.startswith(DROPPED)}

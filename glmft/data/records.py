@@ -94,6 +94,17 @@ def turns_of(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     return value
 
 
+def turns_have(record: Mapping[str, Any], key: str) -> bool:
+    """Whether the record's `conversations` hold a message with this key."""
+    turns = record.get("conversations")
+    return isinstance(turns, list) and any(isinstance(t, dict) and key in t for t in turns)
+
+
+def roles_of(own: Mapping[str, tuple[str, str]], tags: Mapping[str, str]) -> dict[str, str]:
+    """Names in the file -> roles, from {tag: (the format's own name, role)} and the names that an entry gives."""
+    return {tags.get(tag, name): role for tag, (name, role) in own.items()}
+
+
 def role_of(turn: Mapping[str, Any], key: str, roles: Mapping[str, str], where: str) -> str:
     """The role, translated by `roles`.
 

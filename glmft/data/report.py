@@ -9,7 +9,8 @@ import numpy as np
 
 from glmft.data.encoding import CUT, DAMAGE, DROPPED, SPLIT, SPLIT_LESS
 from glmft.data.packing import Schedule, plan_rows
-from glmft.data.preparation import BAD, PreparedSet, dropped, messages, numbers, place_of
+from glmft.data.preparation import PreparedSet
+from glmft.data.tally import BAD, dropped, messages, numbers, place_of
 
 BINS = 10
 BAR = 40  # characters
@@ -61,7 +62,7 @@ def report(prepared: PreparedSet, tokens_per_step: int) -> Report:
     for what, found in (("duplicates", repeated), ("ambiguous", several)):
         if len(found):
             places[what] = [place_of(counts, int(store.records[i])) for i in found[:1000]]
-    schedule = Schedule(tokens_per_step, tokens_per_step, min(prepared.policies.max_length, tokens_per_step))
+    schedule = Schedule(tokens_per_step, tokens_per_step, prepared.policies.max_length)
     rows = len(plan_rows(lengths, schedule.row_budget, 0, 0)) if len(lengths) else 0
     return Report(
         name=prepared.name,

@@ -97,8 +97,14 @@ def _parsed(value: Any, kind: str, where: str) -> Any:
         raise RecordError(f"{kind} not JSON", f"{where} is not valid JSON ({e}): {shown(value)}") from None
 
 
-def with_tools(messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[Message]:
-    """The messages with the tools in the system message, which is put in front where there is none."""
+def with_tools(messages: Sequence[Message], record: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
+    """The messages with the record's tools in the system message, which is put in front where there is none.
+
+    Raises:
+        RecordError: see `tools_of`.
+    """
+    key = columns.get("tools", "tools")
+    tools = tools_of(record.get(key), key)
     if not tools:
         return list(messages)
     if messages and messages[0].role == "system":

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from glmft.messages import Conversation, Message
 from glmft.models.tokenizer import ChatGLM3Tokenizer
@@ -24,18 +24,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask) of one batch, both [B, S]: every prompt ends at the last column."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
 @torch.inference_mode()
 def generate_ids(
     model: Any, prompts: Sequence[Sequence[int]], tokenizer: ChatGLM3Tokenizer, max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy continuations of one batch, without the stop token. Left padding: prompts [B, S]."""
     device = next(model.parameters()).device
-    longest = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), longest), tokenizer.pad_id, device=device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask[row, longest - len(prompt) :] = 1
+    ids, mask = left_padded(prompts, tokenizer.pad_id, device)
     stop = tokenizer.stop_ids
     out = model.generate(
         input_ids=ids,
@@ -46,7 +52,7 @@ def generate_ids(
         eos_token_id=stop,
     )
     replies = []
-    for row in out[:, longest:].tolist():
+    for row in out[:, ids.shape[1] :].tolist():
         end = next((i for i, token in enumerate(row) if token in stop), len(row))
         replies.append(row[:end])
     return replies

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -272,20 +273,25 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def tensor_differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Everything missing, unexpected or misshapen, by names and shapes."""
+    problems = [f"missing {k}, shape {list(s)}" for k, s in expected.items() if k not in found]
+    problems += [f"unexpected {k}" for k in found if k not in expected]
+    return problems + [
+        f"{k} has shape {list(found[k])}, expected {list(s)}"
+        for k, s in expected.items()
+        if k in found and found[k] != s
+    ]
+
+
 def check_tensors(where: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
     """Compares names and shapes; everything missing, unexpected or misshapen is named together.
 
     Raises:
         ProblemList: any difference (`inv_freq` may be there or not).
     """
-    problems = [f"missing {k}, shape {list(s)}" for k, s in expected.items() if k not in found]
-    problems += [f"unexpected {k}" for k in found if k not in expected and not k.endswith("rotary_pos_emb.inv_freq")]
-    problems += [
-        f"{k} has shape {list(found[k])}, the configuration says {list(s)}"
-        for k, s in expected.items()
-        if k in found and found[k] != s
-    ]
-    if problems:
+    named = {k: s for k, s in found.items() if k in expected or not k.endswith("rotary_pos_emb.inv_freq")}
+    if problems := tensor_differences(named, expected):
         raise ProblemList(f"{where}: the weights do not fit config.json", problems)
 
 

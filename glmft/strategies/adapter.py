@@ -10,10 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 from torch import nn
 
-from glmft.artefacts import MANIFEST, verify
+from glmft.artefacts import verify_if_listed
 from glmft.errors import DamagedError, ProblemList, UserError, nearest
 from glmft.files import read_json
 from glmft.kernels.lora import use_lean_forward
+from glmft.models.published import tensor_differences
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -63,24 +64,16 @@ def _checked(path: Path, own: str | None) -> tuple[LoraConfig, dict[str, torch.T
     missing = [CONFIG] * (not (path / CONFIG).is_file()) + [WEIGHTS] * (weights is None)
     if weights is None or missing:
         raise UserError(f"{path}: not an adapter folder, {' and '.join(missing)} missing")
-    if (path / MANIFEST).is_file():
-        base = verify(path).get("base")
-        if base and own and base != own:
-            raise UserError(f"{path}: an adapter of another base model ({base}), this one is {own}")
+    base = verify_if_listed(path).get("base")
+    if base and own and base != own:
+        raise UserError(f"{path}: an adapter of another base model ({base}), this one is {own}")
     state = _read(weights)
     return _config(path / CONFIG, state), state, weights
 
 
 def _filled(tuned: PeftModel, state: dict[str, torch.Tensor], weights: Path, name: str) -> PeftModel:
     own = get_peft_model_state_dict(tuned, save_embedding_layers=False, adapter_name=name)
-    expected = {k: tuple(v.shape) for k, v in own.items()}
-    problems = [f"missing {k}" for k in expected if k not in state]
-    problems += [f"unexpected {k}" for k in state if k not in expected]
-    problems += [
-        f"{k} has shape {list(state[k].shape)}, expected {list(s)}"
-        for k, s in expected.items()
-        if k in state and tuple(state[k].shape) != s
-    ]
+    problems = tensor_differences(*({k: tuple(t.shape) for k, t in of.items()} for of in (state, own)))
     problems += [f"{k} holds values that are not finite" for k, t in state.items() if not t.isfinite().all()]
     if problems:
         raise ProblemList(f"{weights}: not an adapter of this model", problems)

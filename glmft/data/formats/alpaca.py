@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glmft.data.records import RecordError, text_of
-from glmft.data.tools import tools_of, with_tools
+from glmft.data.tools import with_tools
 from glmft.messages import Message
 
 
@@ -37,8 +37,7 @@ def convert(record: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping
     for asked, answered in _history(record, columns.get("history", "history")):
         messages += [Message("user", asked), Message("assistant", answered)]
     messages += [Message("user", question), Message("assistant", output)]
-    key = columns.get("tools", "tools")
-    return with_tools(messages, tools_of(record.get(key), key))
+    return with_tools(messages, record, columns)
 
 
 def _history(record: Mapping[str, Any], key: str) -> list[list[str]]:

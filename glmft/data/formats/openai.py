@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from glmft.data.records import RecordError, flag_of, kind_of, role_of, text_of, turns_of
-from glmft.data.tools import call_of_json, tools_of, with_tools
+from glmft.data.records import RecordError, flag_of, kind_of, role_of, roles_of, text_of, turns_of
+from glmft.data.tools import call_of_json, with_tools
 from glmft.messages import Message
 
 ROLE_TAGS = {
@@ -35,7 +35,7 @@ def convert(record: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping
         tags.get("role_tag", "role"),
         tags.get("content_tag", "content"),
     )
-    roles = OTHER_ROLES | {tags.get(tag, own): role for tag, (own, role) in ROLE_TAGS.items()}
+    roles = OTHER_ROLES | roles_of(ROLE_TAGS, tags)
     messages: list[Message] = []
     waiting: list[tuple[str | None, Message]] = []  # (id, call) without a result yet
     for i, turn in enumerate(turns_of(record, key)):
@@ -62,8 +62,7 @@ def convert(record: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping
         for identity, function in calls:
             waiting += [(identity, m) for m in call_of_json(function, f"{where}tool_calls", learn)]
     messages += [call for _, call in waiting]  # a conversation may end with what is to be called
-    tools = columns.get("tools", "tools")
-    return with_tools(messages, tools_of(record.get(tools), tools))
+    return with_tools(messages, record, columns)
 
 
 def _calls(turn: Mapping[str, Any], where: str) -> list[tuple[str | None, Any]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from glmft.data.records import RecordError, flag_of, role_of, text_of, turns_of
-from glmft.data.tools import call_of_json, tools_of, with_tools
+from glmft.data.records import RecordError, flag_of, role_of, roles_of, text_of, turns_have, turns_of
+from glmft.data.tools import call_of_json, with_tools
 from glmft.messages import Message
 
 ROLE_TAGS = {  # tag -> (its own name, role)
@@ -20,8 +20,7 @@ ROLE_TAGS = {  # tag -> (its own name, role)
 
 def recognises(record: Mapping[str, Any]) -> bool:
     """Its conversations have `from`."""
-    turns = record.get("conversations")
-    return isinstance(turns, list) and any(isinstance(t, dict) and "from" in t for t in turns)
+    return turns_have(record, "from")
 
 
 def convert(record: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[str, str]) -> list[Message]:
@@ -35,7 +34,7 @@ def convert(record: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping
         tags.get("role_tag", "from"),
         tags.get("content_tag", "value"),
     )
-    roles = {tags.get(tag, own): role for tag, (own, role) in ROLE_TAGS.items()}
+    roles = roles_of(ROLE_TAGS, tags)
     messages: list[Message] = []
     system = columns.get("system", "system")
     if text := text_of(record, system, required=False):
@@ -51,5 +50,4 @@ def convert(record: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping
             raise RecordError("system not first", problem)
         else:
             messages.append(Message(role, text, learn=learn))  # type: ignore[arg-type]
-    tools = columns.get("tools", "tools")
-    return with_tools(messages, tools_of(record.get(tools), tools))
+    return with_tools(messages, record, columns)

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from glmft.data.records import RecordError, flag_of, kind_of, role_of, text_of, turns_of
-from glmft.data.tools import call, tools_of, with_tools
+from glmft.data.records import RecordError, flag_of, kind_of, role_of, text_of, turns_have, turns_of
+from glmft.data.tools import call, with_tools
 from glmft.messages import Message
 
 ROLES = {r: r for r in ("system", "user", "assistant", "observation", "tool")}
@@ -15,8 +15,7 @@ ROLES = {r: r for r in ("system", "user", "assistant", "observation", "tool")}
 
 def recognises(record: Mapping[str, Any]) -> bool:
     """Its conversations have `role`."""
-    turns = record.get("conversations")
-    return isinstance(turns, list) and any(isinstance(t, dict) and "role" in t for t in turns)
+    return turns_have(record, "role")
 
 
 def convert(record: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[str, str]) -> list[Message]:
@@ -43,5 +42,4 @@ def convert(record: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping
             seen = turn["observation"]
             text = seen if isinstance(seen, str) else json.dumps(seen, ensure_ascii=False)
             messages.append(Message("observation", text))
-    tools = columns.get("tools", "tools")
-    return with_tools(messages, tools_of(record.get(tools), tools))
+    return with_tools(messages, record, columns)
