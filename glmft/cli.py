@@ -13,6 +13,7 @@ COMMANDS = {  # command -> (module, what it does)
     "chat": ("glmft.chat", "base and tuned answers side by side: glmft chat RUN"),
     "export": ("glmft.export", "a model folder with the adapter merged: glmft export RUN FOLDER"),
     "data": ("glmft.data_cli", "data sets: glmft data add mine.json --name mine"),
+    "bench": ("glmft.bench", "how fast training is here, beside its ceilings: glmft bench strategy=qlora"),
     "doctor": ("glmft.doctor", "is everything here that a run needs? glmft doctor --model models/chatglm3-6b"),
 }
 COMPLETION = """\

@@ -31,7 +31,7 @@ from glmft.recipes import conf_dir, user_dirs
 IDENTITY = ("model", "strategy", "data", "optimizer", "scheduler", "seed")
 FREE_DATA_KEYS = ("num_workers", "tokens_per_batch", "cache")
 IDENTITY_OF_TRAINER = ("precision", "gradient_clip_val")
-SECTIONS = ("run", "resume", "paths", "trainer")
+SECTIONS = ("run", "resume", "paths", "trainer", "bench")
 OTHER_NAMES = {  # names that people know from LLaMA-Factory, and keys that were renamed (for one minor version)
     "model_name_or_path": "model.path",
     "finetuning_type": "strategy",
@@ -138,10 +138,10 @@ def check(cfg: DictConfig, tops: tuple[str, ...]) -> None:
         raise ProblemList("configuration", problems + unusable)
     single = {k: cfg[k] for k in ("seed", "metric") if k in cfg}
     problems += [p.removeprefix(".") for p in signatures.problems("glmft.schema.top", single, "", False)]
-    for section in SECTIONS:
+    for section in (s for s in SECTIONS if s in cfg):
         problems += signatures.problems(f"glmft.schema.{section}", plain(cfg[section]), section, False)
     for group in ("callbacks", "logger"):
-        problems += _unnamed(cfg[group] or {}, group)
+        problems += _unnamed(cfg.get(group) or {}, group)
     problems += [f"trainer.{key}: glmft decides this itself; leave it out" for key in cfg.trainer if key in OWN_KEYS]
     for where, node in _targets(cfg, ""):
         values: dict[str, Any] = plain(node)

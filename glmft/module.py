@@ -95,7 +95,7 @@ class FineTuner(L.LightningModule):
         self.agreed = dict(self.wants)  # of all ranks, as of the last step
         self.validated: dict[str, Any] = {}  # the last validation's step and loss
         self.facts: dict[str, Any] = {}  # what a checkpoint's manifest says it belongs to
-        self.skipped = 0
+        self.skipped, self.compiles = 0, False
         self.parts = Parts(
             self._share,
             self._forget_step,
@@ -132,10 +132,10 @@ class FineTuner(L.LightningModule):
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.network = self.tuning.apply(model)
-        compiles = self._compiles(model)
-        if self.gradient_checkpointing or compiles:  # compiled: so that the first layer shares the others' graph
+        self.compiles = self._compiles(model)
+        if self.gradient_checkpointing or self.compiles:  # compiled: so that the first layer shares the others' graph
             glm(self.network).enable_input_require_grads()
-        if compiles:
+        if self.compiles:
             compiling.compile_layers(glm(self.network).model.layers, self.memory_budget)
         self.network.train()
 

@@ -47,6 +47,20 @@ def paths(output_dir: Name = "runs") -> None:
     """`paths`: where run directories lie."""
 
 
+def bench(
+    size: Literal["6b", "tiny"] = "6b",
+    steps: Positive = 30,
+    warmup: Count = 8,
+    bounds: bool = True,
+    baselines: list[Literal["default", "tuned"]] | None = None,
+    baseline_steps: Positive = 20,
+    out: Name | None = None,
+    part: Name | None = None,
+    file: Name | None = None,
+) -> None:
+    """`bench`: what is measured beside the training step."""
+
+
 def top(seed: Seed = 42, metric: Literal["auto", "val/loss", "train/loss"] = "auto") -> None:
     """Single values: the seed of everything, and what a sweep optimises."""
 
