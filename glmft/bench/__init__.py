@@ -1,1 +1,1 @@
-"""python -m glmft.bench: how fast training is on this machine, beside its ceilings and beside what one would use else."""
+"""python -m glmft.bench: how fast training is on this machine, beside its ceilings and what one would use else."""

@@ -1,5 +1,5 @@
-"""python -m glmft.bench strategy=qlora: the real training step on a model of random weights, beside its ceilings and what
-one would use else. Each side is a process of its own: this command again, with bench.part.
+"""python -m glmft.bench strategy=qlora: the real training step on a model of random weights, beside its ceilings and
+what one would use else. Each side is a process of its own: this command again, with bench.part.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from glmft import config
-from glmft.bench.documents import GeneratedData
+from glmft.bench.documents import GeneratedData, enough
 from glmft.bench.measured import Steps
 from glmft.bench.model import random_model
 
@@ -33,7 +33,10 @@ def measure(cfg: DictConfig, kind: Kind) -> dict[str, Any]:
     data: GeneratedData = config.instantiate(cfg.data)
     number = int(cfg.bench.baseline_steps)
     if kind == "default":
-        return _train(cfg, data, kind, BATCH, ACCUMULATE, _groups(BATCH * ACCUMULATE, number))
+        size = BATCH * ACCUMULATE
+        groups = [list(range(k * size, (k + 1) * size)) for k in range(number)]
+        enough([[i for i in group if i < len(data.documents)] for group in groups])
+        return _train(cfg, data, kind, BATCH, ACCUMULATE, groups)
     for rows in ROWS:
         groups, per_row = _packed_groups(data, rows, number)
         try:
@@ -42,10 +45,6 @@ def measure(cfg: DictConfig, kind: Kind) -> dict[str, Any]:
             pass  # outside of this block, so that the failed attempt's tensors are gone
         torch.cuda.empty_cache()
     raise torch.OutOfMemoryError("not even one packed row fits")
-
-
-def _groups(size: int, number: int) -> list[list[int]]:
-    return [list(range(k * size, (k + 1) * size)) for k in range(number)]
 
 
 def _packed_groups(data: GeneratedData, rows: int, number: int) -> tuple[list[list[int]], list[list[list[int]]]]:
@@ -59,7 +58,7 @@ def _packed_groups(data: GeneratedData, rows: int, number: int) -> tuple[list[li
         filled[-1].append(i)
         used += int(length)
     by_row = [filled[k * rows : (k + 1) * rows] for k in range(number)]
-    return [[i for row in step for i in row] for step in by_row], by_row
+    return enough([[i for row in step for i in row] for step in by_row]), by_row
 
 
 def _train(
@@ -87,7 +86,7 @@ def _train(
         if not fp32:
             model.to(dtype=dtype) if strategy.quantization(dtype) is None else _cast_adapters(model, dtype)
     model.config.use_cache = False
-    items = by_row_items(data, by_row) if by_row else [_sample(data, i) for group in groups for i in group]
+    items = _rows(data, by_row) if by_row else [_sample(data, i) for group in groups for i in group]
     steps = Steps(min(int(cfg.bench.warmup), len(groups) // 2))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -179,7 +178,7 @@ def _pad(samples: list[Sample]) -> dict[str, torch.Tensor]:
     return {k: torch.from_numpy(v) for k, v in (out | {"attention_mask": seen}).items()}
 
 
-def by_row_items(data: GeneratedData, by_row: list[list[list[int]]]) -> list[Sample]:
+def _rows(data: GeneratedData, by_row: list[list[list[int]]]) -> list[Sample]:
     """One item a packed row: ids, labels that do not cross documents, positions, and the number of each document."""
     items = []
     for row in (r for step in by_row for r in step):

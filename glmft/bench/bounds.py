@@ -1,4 +1,4 @@
-"""What the machine could do at most: matrix products alone, memory alone, the frozen base without anything that learns."""
+"""What the machine could do at most: matrix products, memory, the frozen base without anything that learns."""
 
 from __future__ import annotations
 

@@ -13,9 +13,10 @@ import numpy as np
 
 from glmft.bench.model import SIZES, Size
 from glmft.data.datamodule import EpochPlan, InstructionData
+from glmft.errors import UserError
 from glmft.schema import Count, Positive
 
-FIRST, LAST = 1000, 60_000  # ids that are drawn
+SKEW = 4  # some ids are far more frequent than others, so that there is something to learn
 PROMPT_SHARE = 0.25  # of documents of one length
 
 # Tokens of (prompt, answer) in ChatGLM3's vocabulary and layout: every tenth of the 1,000 records of LLaMA-Factory's
@@ -49,7 +50,7 @@ class Documents:
         samples = []
         for i in rng.integers(0, len(pairs), count):
             prompt, size = pairs[i][0], sum(pairs[i])
-            ids = rng.integers(min(FIRST, vocabulary // 2), min(LAST, vocabulary), size, dtype=np.int32)
+            ids = (vocabulary * rng.random(size) ** SKEW).astype(np.int32)
             samples.append((ids, np.arange(size) >= prompt))
         return cls(samples)
 
@@ -94,7 +95,8 @@ class GeneratedData(InstructionData):
         lengths: "alpaca_zh", or the tokens of every document.
         documents: how many there are.
         size: of the model; ids are below its vocabulary.
-        max_length, packing, tokens_per_batch, tokens_per_step, num_workers, seed: as in `InstructionData`.
+        packing: false pads the documents of the same optimizer steps instead.
+        max_length, tokens_per_batch, tokens_per_step, num_workers, seed: as in `InstructionData`.
     """
 
     def __init__(
@@ -115,6 +117,12 @@ class GeneratedData(InstructionData):
         self.max_length, self.packing, self.num_workers, self.seed = max_length, packing, num_workers, seed
         self.tokens_per_batch, self.tokens_per_step, self.pad_id = tokens_per_batch, tokens_per_step, 0
         self.groups: list[list[int]] | None = None
+        if not packing:
+            self.packing = True
+            rows = len(self.plan(self.documents).rows(0)) // self.schedule().rows_per_step
+            packed = self.steps(rows)
+            self.packing = False
+            self.follow(packed)
 
     def follow(self, groups: list[list[int]]) -> None:
         """Makes the optimizer steps those of another trainer: the same documents in each."""
@@ -130,6 +138,21 @@ class GeneratedData(InstructionData):
         return plan
 
     def steps(self, number: int) -> list[list[int]]:
-        """The documents of the first optimizer steps."""
+        """The documents of the first optimizer steps.
+
+        Raises:
+            UserError: there are not enough.
+        """
         rows, size = self.plan(self.documents).rows(0), self.schedule().rows_per_step
-        return [[i for row in rows[k * size : (k + 1) * size] for i in row] for k in range(number)]
+        return enough([[i for row in rows[k * size : (k + 1) * size] for i in row] for k in range(number)])
+
+
+def enough(steps: list[list[int]]) -> list[list[int]]:
+    """The documents of optimizer steps, as given.
+
+    Raises:
+        UserError: a step has none.
+    """
+    if not all(steps):
+        raise UserError(f"data.documents: too few for {len(steps)} optimizer steps; give more")
+    return steps

@@ -1,4 +1,4 @@
-"""glmft's own training step, as `python -m glmft.train` makes it, on random weights."""
+"""The training step of glmft, as `python -m glmft.train` makes it, on random weights."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class Clock(L.Callback):
         self.steps, self.number, self.waits = steps, number, list[list[str]]()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, FineTuner)
+        self.has_varlen = has_varlen(pl_module.network.get_input_embeddings().weight)
         self.steps.begin()
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
@@ -70,6 +72,7 @@ def measure(cfg: DictConfig, groups: list[list[int]] | None = None) -> dict[str,
     if groups is not None:
         data.follow(groups)
     number = len(groups) if groups is not None else int(cfg.bench.steps)
+    documents = data.steps(number)
     steps = Steps(int(cfg.bench.warmup))
     clock = Clock(steps, number)
     trainer: L.Trainer = config.instantiate(
@@ -78,23 +81,23 @@ def measure(cfg: DictConfig, groups: list[list[int]] | None = None) -> dict[str,
         callbacks=[clock],
         logger=False,
         enable_checkpointing=False,
-        max_steps=number + (0 if groups is not None else WATCHED),
+        max_steps=number + (WATCHED if groups is None and device.type == "cuda" else 0),
         max_epochs=-1,
         accumulate_grad_batches=data.schedule().accumulate,
     )
     trainer.fit(tuner, data)
-    documents = data.steps(number)
     tokens = [int(data.documents.lengths[d].sum()) for d in documents]
     schedule = data.schedule()
     row = schedule.rows_per_step * schedule.row_budget
-    weight = tuner.network.get_input_embeddings().weight
+    dtype = tuner.network.get_input_embeddings().weight.dtype
+    attention = "SDPA" if not data.packing else "torch varlen" if clock.has_varlen else "SDPA a document"
     return steps.result(tokens) | {
         "host_waits_of_a_step": clock.waits,
         "documents": documents,
         "settings": {
             "strategy": type(tuner.tuning).__name__,
-            "dtype": str(weight.dtype).removeprefix("torch."),
-            "attention": "torch varlen" if has_varlen(weight) and data.packing else "SDPA a document",
+            "dtype": str(dtype).removeprefix("torch."),
+            "attention": attention,
             "packing": data.packing,
             "padding_share": round(1 - sum(tokens) / (row * number), 4) if data.packing else None,
             "tokens_per_micro_batch": data.tokens_per_batch,

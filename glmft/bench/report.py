@@ -94,7 +94,8 @@ def table(result: dict[str, Any]) -> str:
         ratio_of = f"{ratio:8.2f}" if ratio is not None else " " * 8
         memory = f"{part['reserved_gib']:6.1f}" if "reserved_gib" in part else " " * 6
         rate, step = part["tokens_per_sec"], part.get("step_ms")
-        lines.append(f"{name:16} {rate:10,.0f} {ratio_of} {f'{step:9.1f}' if step else ' ' * 9} {memory}  {', '.join(shown)}")
+        time_of = f"{step:9.1f}" if step else " " * 9
+        lines.append(f"{name:16} {rate:10,.0f} {ratio_of} {time_of} {memory}  {', '.join(shown)}")
 
     line("ours", parts["ours"])
     if "ours_last" in parts:

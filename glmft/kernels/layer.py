@@ -1,7 +1,7 @@
 """One decoder layer on a packed row, written for the compiler: what its modules compute, with fewer passes.
 
-q, k and v come from one matrix product, adapters that share an input share their narrow side, and the MLP's adapters are
-computed inside its activation function (`glmft.kernels.swiglu`). The plain reference is transformers' own layer.
+q, k and v come from one matrix product, adapters that share an input share their narrow side, and the MLP's adapters
+are computed inside its activation function (`glmft.kernels.swiglu`). The plain reference is transformers' own layer.
 """
 
 from __future__ import annotations

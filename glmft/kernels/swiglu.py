@@ -10,6 +10,7 @@ Shapes: T tokens, F width of the MLP, r and q ranks of the first and the second 
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ if triton is not None:
 
     @triton.jit
     def _backward_kernel(
-        d_hidden, d_narrow, gate_up, low, up, down, d_gate_up, low_parts, d_up, d_down, T, F,
-        span: tl.constexpr, r: tl.constexpr, q: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
+        d_hidden, d_narrow, gate_up, low, up, down, d_gate_up, low_parts, d_up, d_down, T, F, span: tl.constexpr,
+        r: tl.constexpr, q: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
     ):  # fmt: skip
         """Columns [BF] of `span` tokens: the gradient of gate_up, shares of the narrow gradient [F / BF, T, r], and
         sums over these tokens for both weights, d_up [T / span, 2 F, r] and d_down [T / span, q, F]."""
@@ -148,13 +149,19 @@ def _padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length()) if rank else 16
 
 
+def _spans(T: int) -> tuple[int, int]:
+    """(tokens of a span, spans)."""
+    span = math.ceil(T / SPANS / 64) * 64
+    return span, math.ceil(T / span)
+
+
 @torch.library.custom_op("glmft::swiglu", mutates_args=())
 def _forward_op(gate_up: Tensor, low: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     T, width, r, q = gate_up.shape[0], gate_up.shape[1] // 2, low.shape[1], down.shape[0]
-    blocks = triton.cdiv(width, FORWARD["BF"])
+    blocks = math.ceil(width / FORWARD["BF"])
     hidden = gate_up.new_empty(T, width)
     parts = gate_up.new_empty(blocks, T, q, dtype=torch.float32)
-    _forward_kernel[(blocks, triton.cdiv(T, FORWARD["BT"]))](
+    _forward_kernel[(blocks, math.ceil(T / FORWARD["BT"]))](
         gate_up, low, up, down, hidden, parts, T, width, r=r, q=q, R=_padded(r), Q=_padded(q), **FORWARD
     )
     return hidden, parts
@@ -165,8 +172,7 @@ def _backward_op(
     d_hidden: Tensor, d_narrow: Tensor, gate_up: Tensor, low: Tensor, up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, width, r, q = gate_up.shape[0], gate_up.shape[1] // 2, low.shape[1], down.shape[0]
-    blocks, span = triton.cdiv(width, BACKWARD["BF"]), triton.cdiv(triton.cdiv(T, SPANS), 64) * 64
-    spans = triton.cdiv(T, span)
+    blocks, (span, spans) = math.ceil(width / BACKWARD["BF"]), _spans(T)
     d_gate_up = torch.empty_like(gate_up)
     low_parts = gate_up.new_empty(blocks, T, r, dtype=torch.float32)
     d_up = gate_up.new_empty(spans, 2 * width, r, dtype=torch.float32)
@@ -181,7 +187,7 @@ def _backward_op(
 @_forward_op.register_fake
 def _(gate_up: Tensor, low: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     T, width = gate_up.shape[0], gate_up.shape[1] // 2
-    parts = gate_up.new_empty(-(-width // FORWARD["BF"]), T, down.shape[0], dtype=torch.float32)
+    parts = gate_up.new_empty(math.ceil(width / FORWARD["BF"]), T, down.shape[0], dtype=torch.float32)
     return gate_up.new_empty(T, width), parts
 
 
@@ -190,11 +196,10 @@ def _(
     d_hidden: Tensor, d_narrow: Tensor, gate_up: Tensor, low: Tensor, up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, width, r, q = gate_up.shape[0], gate_up.shape[1] // 2, low.shape[1], down.shape[0]
-    span = -(-(-(-T // SPANS)) // 64) * 64
-    spans = -(-T // span)
+    spans = _spans(T)[1]
     return (
         torch.empty_like(gate_up),
-        gate_up.new_empty(-(-width // BACKWARD["BF"]), T, r, dtype=torch.float32),
+        gate_up.new_empty(math.ceil(width / BACKWARD["BF"]), T, r, dtype=torch.float32),
         gate_up.new_empty(spans, 2 * width, r, dtype=torch.float32),
         gate_up.new_empty(spans, q, width, dtype=torch.float32),
     )
