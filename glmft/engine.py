@@ -58,9 +58,15 @@ def find_tuned(source: str, base: str | None = None) -> Tuned:
     if adapter.is_dir():
         return Tuned(folder.name, base or _base_of(adapter), adapter)
     if model.is_dir():
-        asked = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))["model"]["path"]
-        return Tuned(folder.name, base or str(asked), model=model)
+        return Tuned(folder.name, base or _model_of(folder / ".hydra" / "config.yaml"), model=model)
     raise UserError(f"{folder}: this run left no adapter/ or model/ yet; the same command finishes it")
+
+
+def _model_of(config: Path) -> str:
+    try:
+        return str(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["path"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as e:
+        raise DamagedError(f"{config}: does not name the run's model ({type(e).__name__}); --model") from None
 
 
 def _base_of(adapter: Path) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
-import os
+import shutil
 from pathlib import Path
 
 import pytest
+from attacks import PWNED, SECRET, attacks, attempt
 from conftest import FAST, ROOT
 
 pytestmark = pytest.mark.share("reliability")
@@ -23,6 +24,14 @@ FORBIDDEN_CALLS = {
     **{"numpy.load": "may unpickle", "np.load": "may unpickle"},
 }
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "marshal", "shelve")
+READ_AS_DATA = (
+    "control text",
+    "_target_ in a run's",
+    "status that is",
+    "metrics that are",
+    "adapter setting target",
+    "adapter setting corda_config",
+)
 ONE_PLACE = {"hydra.utils.instantiate": "config.py", "hydra.utils.call": "config.py"}
 
 
@@ -80,26 +89,41 @@ def test_a_breach_is_found(source):
     assert offences(Path("x.py"), source)
 
 
-def test_checkpoints_are_local_and_never_code(tmp_path):
-    import pickle
+@pytest.fixture(scope="module")
+def victim(tiny, tmp_path_factory) -> Path:
+    """A base and an adapter, as one finds them."""
+    import torch
 
-    from glmft.checkpoints import FILE, CheckpointFiles
-    from glmft.errors import DamagedError, UserError
+    from glmft.models import load_model
+    from glmft.strategies.adapter import save_adapter
+    from glmft.strategies.lora import LoRA
 
-    for path in ("http://127.0.0.1/a", "https://x/y", "s3://x/y", "file:///etc"):
-        with pytest.raises(UserError, match="local folders only"):
-            CheckpointFiles().load_checkpoint(path)
+    place = tmp_path_factory.mktemp("victim")
+    shutil.copytree(tiny, place / "tiny")
+    torch.manual_seed(0)
+    save_adapter(LoRA(r=4).apply(load_model(tiny, dtype="float32")), place / "adapter", "card")
+    return place
 
-    class Gadget:
-        def __reduce__(self) -> object:
-            return os.system, (f"touch {tmp_path}/EXECUTED",)
 
-    (tmp_path / "a").mkdir()
-    for content in (Gadget(), {"small": {}, "tree": Gadget()}, [Gadget()]):
-        (tmp_path / "a" / FILE).write_bytes(pickle.dumps(content))
-        with pytest.raises(DamagedError):
-            CheckpointFiles().load_checkpoint(tmp_path / "a")
-    assert not (tmp_path / "EXECUTED").exists()
+def test_attacks_do_nothing(victim, tmp_path, monkeypatch):
+    """Every attack ends in a refusal or in plain data; nothing was run, read or written outside."""
+    monkeypatch.setenv("CANARY", SECRET)
+    outside = tmp_path / "outside.txt"
+    outside.write_text(SECRET)
+    place = tmp_path / "place"
+    names = []
+    for name, attack in attacks(place):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(victim, place)
+        monkeypatch.chdir(place)
+        came = attempt(attack, place)
+        assert SECRET not in came, name
+        assert came.startswith("refused") or name.startswith(READ_AS_DATA), (name, came)
+        assert not list(tmp_path.rglob(f"*{PWNED}*")), name
+        assert outside.read_text() == SECRET, name
+        names.append(name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["outside.txt", "place"]
+    assert len(set(names)) == len(names) >= 60
 
 
 def test_no_secret_in_anything_that_a_run_leaves(train, monkeypatch):

@@ -63,7 +63,7 @@ def quantize(model: nn.Module, how: Any) -> None:
             if linear.bias is not None:
                 small.bias = nn.Parameter(linear.bias.data, requires_grad=False)
             setattr(parent, name, small)
-    model.is_loaded_in_4bit = True  # PEFT asks  # type: ignore[assignment]
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks  # type: ignore[assignment]
 
 
 def flops(size: Size, lengths: np.ndarray, supervised: int, full: bool) -> float:

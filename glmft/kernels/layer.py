@@ -91,7 +91,7 @@ def join_qkv(layer: Any) -> None:
     parameters = [p for linear in linears for p in linear.parameters()]
     if not all(type(linear) is nn.Linear for linear in linears) or any(p.requires_grad for p in parameters):
         return
-    joined = []
+    joined: list[Tensor | None] = []
     for name in ("weight", "bias"):
         parts = [getattr(linear, name) for linear in linears]
         if parts[0] is None:

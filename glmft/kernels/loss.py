@@ -77,7 +77,7 @@ def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 if triton is not None:
 
     @triton.jit
-    def _softmax_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):
+    def _softmax_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         """One row: maximum and sum in one reading, the gradient in a second."""
         row = tl.program_id(0)
         logits += row.to(tl.int64) * V

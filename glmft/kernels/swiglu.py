@@ -52,7 +52,7 @@ def swiglu(gate_up: Tensor, low: Tensor, up: Tensor, down: Tensor) -> tuple[Tens
 if triton is not None:
 
     @triton.jit
-    def _forward_kernel(
+    def _forward_kernel(  # type: ignore[no-untyped-def]
         gate_up, low, up, down, hidden, parts, T, F,
         r: tl.constexpr, q: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
     ):  # fmt: skip
@@ -80,7 +80,7 @@ if triton is not None:
             tl.store(parts + where, share, mask=(t < T)[:, None] & (j < q)[None, :])
 
     @triton.jit
-    def _backward_kernel(
+    def _backward_kernel(  # type: ignore[no-untyped-def]
         d_hidden, d_narrow, gate_up, low, up, down, d_gate_up, low_parts, d_up, d_down, T, F, span: tl.constexpr,
         r: tl.constexpr, q: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
     ):  # fmt: skip

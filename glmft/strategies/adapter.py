@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -42,7 +44,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         ProblemList: tensors are missing, unexpected, of another shape, or not finite.
     """
     config, state, weights = _checked(Path(folder), getattr(model, "base_fingerprint", None))
-    tuned = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type]
+    with _named(folder):
+        tuned = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type]
     return _filled(tuned, state, weights, name)
 
 
@@ -55,7 +58,8 @@ def add_adapter(model: PeftModel, folder: str | Path, name: str) -> PeftModel:
     if name in model.peft_config:
         raise UserError(f"{folder}: an adapter called '{name}' is loaded already")
     config, state, weights = _checked(Path(folder), getattr(model.get_base_model(), "base_fingerprint", None))
-    model.add_adapter(name, config)
+    with _named(folder):
+        model.add_adapter(name, config)
     return _filled(model, state, weights, name)
 
 
@@ -113,4 +117,14 @@ def _config(file: Path, state: dict[str, torch.Tensor]) -> LoraConfig:
     if unknown:
         raise UserError(f"{file}: unknown key '{unknown[0]}'{nearest(unknown[0], known)}; made by a newer PEFT?")
     values = {k: v for k, v in raw.items() if k in known and k not in ("peft_type", "runtime_config")}
-    return LoraConfig(**values | {"inference_mode": True})
+    with _named(file):
+        return LoraConfig(**values | {"inference_mode": True})
+
+
+@contextmanager
+def _named(place: str | Path) -> Iterator[None]:
+    """PEFT's own refusals, with the file or folder they are about."""
+    try:
+        yield
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{place}: {str(e).splitlines()[0]}") from None

@@ -171,6 +171,7 @@ K = {  # kind: (damage, error, what the message holds)
         "auto_mapping asks for code to be imported",
     ),
     "megatron": (settings(megatron_config={"a": 1}), UserError, "megatron_config asks for code to be imported"),
+    "a task that there is not": (settings(task_type="CAUSAL_HM"), UserError, "Invalid task type: 'CAUSAL_HM'"),
     "configuration not JSON": (
         plain(CONFIG, lambda b: b[:20]),
         DamagedError,
