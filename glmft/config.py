@@ -191,7 +191,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     """What must match for a run to be continued: `strategy.r` -> 8, flat and resolved."""
     whole = plain(cfg)
     flat = dict(_flatten({k: whole[k] for k in IDENTITY if k in whole}, ""))
-    flat |= {f"trainer.{k}": whole["trainer"].get(k) for k in IDENTITY_OF_TRAINER}
+    flat |= {f"trainer.{k}": (whole.get("trainer") or {}).get(k) for k in IDENTITY_OF_TRAINER}
     return {
         k: v
         for k, v in flat.items()

@@ -196,9 +196,10 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """status.json, or an empty dict."""
-    file = run / "status.json"
-    return dict(read_json(file)) if file.is_file() else {}
+    """status.json, or an empty dict where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(read_json(run / "status.json"))
+    return {}
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "marshal", "shelve")
 READ_AS_DATA = (
     "control text",
     "_target_ in a run's",
+    "secret asked by",
     "status that is",
     "metrics that are",
     "adapter setting target",
