@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import functools
 import os
 import shlex
@@ -83,6 +85,7 @@ class UserRecipes(SearchPathPlugin):
 def run(config_name: str, main: Callable[[DictConfig], Any]) -> int:
     """Composes the configuration, calls `main` (once a job of a multirun) and turns failures into exit codes."""
     use_cache_dir()
+    name_crashes()
     debug = any(a.removeprefix("++") == "debug=default" for a in sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"
     Plugins.instance().register(UserRecipes)
@@ -100,6 +103,12 @@ def run(config_name: str, main: Callable[[DictConfig], Any]) -> int:
     except EXPECTED as e:
         return _exit_code(e, debug)
     return 0
+
+
+def name_crashes() -> None:
+    """What ends a process without an exception, such as weights cut off while they are mapped, leaves a stack."""
+    with contextlib.suppress(OSError):  # stderr may be no file
+        faulthandler.enable()
 
 
 EXPECTED = (GlmftError, HydraException, OmegaConfBaseException, YAMLError)

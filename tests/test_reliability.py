@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +23,7 @@ from glmft.callbacks.record import RunRecord
 from glmft.errors import DamagedError, UserError
 from glmft.guards import Spikes
 from glmft.locks import RunLock
+from glmft.models import load_model
 from glmft.module import FineTuner
 from glmft.runs import read_jsonl, read_status
 
@@ -466,3 +471,84 @@ def test_a_lock_that_changed_hands_is_given_back(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="works here since"):
         RunLock(tmp_path).__enter__()
     assert json.loads((tmp_path / ".lock").read_text()) == fresh
+
+
+# ---- the disk, the data and the clock change while a run is at work
+
+
+def test_a_disk_that_fails_to_sync_fails_the_save_not_the_run(train, monkeypatch):
+    original, failing = os.fsync, iter([True] * 2)
+
+    def fsync(handle):
+        if next(failing, False):
+            raise OSError(errno.EIO, "Input/output error")
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    result = train("run.name=a", *RUN, "callbacks.checkpoint.every_n_train_steps=1")
+    assert result.code == 0, result.err
+    assert "Input/output error" in result.out
+
+
+def test_a_run_directory_that_is_taken_away_ends_the_run(train, monkeypatch):
+    at_step(monkeypatch, 2, lambda trainer: shutil.rmtree("runs/a"))
+    result = train("run.name=a", *RUN)
+    assert result.code in (3, 4), result.err
+    assert "runs/a" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_the_step_decides_which_checkpoint_is_the_newest(train, monkeypatch):
+    at_step(monkeypatch, 4, send(signal.SIGTERM))
+    assert train("run.name=a", *RUN, "callbacks.checkpoint.every_n_train_steps=2").code == 143
+    for age, folder in enumerate(sorted(Path("runs/a/checkpoints").glob("step-*"))):
+        os.utime(folder, (time.time() + 10**6 - age * 10**5,) * 2)  # the clock jumped: older ones look newer
+    monkeypatch.undo()
+    result = train("run.name=a", *RUN)
+    assert result.code == 0, result.err
+    assert json.loads(Path("runs/a/summary.json").read_text())["step"] > 4
+    steps = [step for step, *_ in losses(Path("runs/a"))]
+    assert steps == list(range(1, len(steps) + 1))  # none was made twice
+
+
+def test_out_of_memory_in_validation_says_what_helps(train, monkeypatch):
+    original = FineTuner.loss_sum
+
+    def short(self, batch):
+        if not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return original(self, batch)
+
+    monkeypatch.setattr(FineTuner, "loss_sum", short)
+    result = train("run.name=a", *RUN, "data.val_fraction=0.2")
+    assert result.code == 4
+    assert "data.tokens_per_batch=2048" in result.err
+
+
+def test_a_dead_loader_process_ends_the_run_with_the_reason(train, monkeypatch):
+    def kill(trainer):
+        children = psutil.Process().children()
+        assert children
+        children[0].kill()
+
+    at_step(monkeypatch, 2, kill)
+    result = train("run.name=a", *RUN, "data.num_workers=1", "trainer.max_epochs=8")
+    assert result.code == 4, result.err
+    assert "loader process" in result.err
+    assert result.seconds < 60
+    monkeypatch.undo()
+    assert train("run.name=a", *RUN, "data.num_workers=1", "trainer.max_epochs=8").code == 0
+
+
+def test_base_weights_cut_off_while_they_are_mapped(tiny_copy):
+    """The process gets a bus error, which nothing can undo; it says where, and the next start names the file."""
+    code = (
+        "import sys, torch, glmft.config as c; c.name_crashes(); from glmft.models import load_model; "
+        "m = load_model(sys.argv[1]); open(sys.argv[1] + '/model.safetensors', 'r+b').truncate(4096); "
+        "m(torch.arange(5, 9)[None])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_copy)], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGBUS
+    assert "Bus error" in done.stderr
+    with pytest.raises(DamagedError, match=r"model\.safetensors.*truncated"):
+        load_model(tiny_copy)
