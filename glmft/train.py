@@ -255,6 +255,12 @@ def as_failure(e: BaseException, trainer: L.Trainer) -> BaseException:
 
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ResourceError(f"the disk is full ({e.filename or e}); free some space, and run the same command again")
+    if isinstance(e, OSError) and e.filename:
+        return ResourceError(f"{e.filename}: {e.strerror}; the run cannot be written any more")
+    if isinstance(e, RuntimeError) and "DataLoader worker" in str(e):
+        return ResourceError(
+            f"a loader process ended ({str(e).splitlines()[0]}): out of memory? data.num_workers=0 needs none"
+        )
     if isinstance(e, MisconfigurationException):
         return UserError(f"trainer: {e}")
     if isinstance(e, torch.OutOfMemoryError):

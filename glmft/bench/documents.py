@@ -50,7 +50,7 @@ class Documents:
         samples = []
         for i in rng.integers(0, len(pairs), count):
             prompt, size = pairs[i][0], sum(pairs[i])
-            ids = (vocabulary * rng.random(size) ** SKEW).astype(np.int32)
+            ids = (1 + (vocabulary - 1) * rng.random(size) ** SKEW).astype(np.int32)  # 0 has no embedding of its own
             samples.append((ids, np.arange(size) >= prompt))
         return cls(samples)
 
@@ -113,7 +113,7 @@ class GeneratedData(InstructionData):
     ) -> None:
         L.LightningDataModule.__init__(self)
         self.documents = Documents.make(lengths, documents, seed, SIZES[size].padded_vocab_size)
-        self.corpus: Any = SimpleNamespace(train=self.documents, validation={})
+        self.corpus: Any = SimpleNamespace(train=self.documents, validation={}, sources=lambda _, chosen: chosen)
         self.max_length, self.packing, self.num_workers, self.seed = max_length, packing, num_workers, seed
         self.tokens_per_batch, self.tokens_per_step, self.pad_id = tokens_per_batch, tokens_per_step, 0
         self.groups: list[list[int]] | None = None
