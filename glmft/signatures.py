@@ -111,7 +111,8 @@ def _tree(module: str) -> ast.Module:
     spec = importlib.util.find_spec(top)
     if spec is None or spec.origin is None:
         raise LookupError(f"there is no package '{top}'")
-    path = Path(spec.origin).parent.joinpath(*rest)
+    package = spec.submodule_search_locations is not None
+    path = Path(spec.origin).parent.joinpath(*rest) if package or rest else Path(spec.origin)
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     if not file.is_file():
         raise LookupError(f"there is no module '{module}'")

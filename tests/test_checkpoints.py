@@ -78,3 +78,13 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "a" / FILE)
     with pytest.raises(DamagedError, match=r"trainer\.ckpt: not a checkpoint of this program"):
         CheckpointFiles().load_checkpoint(tmp_path / "a")
+
+
+@pytest.mark.parametrize("part", ["state_dict", "loops", "optimizer_states", "glmft"])
+def test_every_part_of_a_checkpoint_is_asked_for(tmp_path, part):
+    whole = {"state_dict": {}, "loops": {}, "optimizer_states": [], "glmft": {}}
+    del whole[part]
+    (tmp_path / "a").mkdir()
+    torch.save(pack_tensors(whole), tmp_path / "a" / FILE)
+    with pytest.raises(DamagedError, match=f"not a checkpoint of this program .*{part}"):
+        CheckpointFiles().load_checkpoint(tmp_path / "a")

@@ -181,6 +181,24 @@ CASES = {  # name: (damage to ./model or None, arguments, exit code, what the me
         2,
         ["data.tokens_per_batch=0: must be greater than or equal to 1"],
     ),
+    "other notations": (
+        None,
+        ["strategy.r=0123", "data.packing=yes", "strategy.alpha=1_6x"],
+        2,
+        ["strategy.r=0123: must be a valid integer", "data.packing=yes: must be a valid boolean", "alpha=1_6x"],
+    ),
+    "a secret in the configuration": (
+        None,
+        ["logger=wandb", "+logger.wandb.api_key=abc"],
+        2,
+        ["logger.wandb.api_key: unknown key"],
+    ),
+    "quantised weights over several devices": (
+        None,
+        ["strategy=qlora", "+trainer.strategy=fsdp"],
+        2,
+        ["The strategy `fsdp` requires a GPU accelerator"],
+    ),
     "run record left out": (None, ["callbacks.record=null"], 2, ["callbacks.record=null"]),
 }
 

@@ -169,6 +169,24 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tiny, data):
     assert torch.equal(module.network.lm_head.weight, poison.before)
 
 
+def test_a_gradient_that_is_not_finite_changes_no_weight(tiny, data):
+    """The loss is in order, one gradient is not."""
+    module = tuner(tiny)
+    fit = trainer(max_steps=3)
+
+    class Poison(L.Callback):
+        def on_after_backward(self, trainer, module) -> None:
+            if trainer.global_step == 1:
+                self.before = module.network.lm_head.weight.detach().clone()
+                module.network.model.norm.weight.grad[0] = torch.inf
+
+    poison = Poison()
+    fit.callbacks.append(poison)
+    with pytest.raises(TrainingStopped, match=r"step 2: loss .*, gradient norm inf: not finite"):
+        fit.fit(module, data)
+    assert torch.equal(module.network.lm_head.weight, poison.before)
+
+
 def test_a_loss_of_zero_stops(tiny, data, monkeypatch):
     monkeypatch.setattr(FineTuner, "loss_sum", lambda self, batch: self.network.lm_head.weight.sum() * 0)
     with pytest.raises(TrainingStopped, match="exactly 0"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,33 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         losses.append(rows(tmp_path / "runs" / f"d{devices}", "train/loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_one_rank_that_is_not_finite_stops_all(tmp_path):
+    """Only rank 1 has a gradient that is not finite: no rank changes its weights, both end, the records are named."""
+    (tmp_path / "poison.py").write_text(
+        "import lightning as L, torch\n"
+        "class Poison(L.Callback):\n"
+        "    def on_before_optimizer_step(self, trainer, module, optimizer):\n"
+        "        if trainer.global_rank == 1 and trainer.global_step == 2:\n"
+        "            module._step_loss = module._step_loss * torch.nan\n"
+    )
+    command = [
+        *(sys.executable, "-m", "glmft.train", "run.name=a", "trainer.devices=2", "+trainer.strategy=ddp"),
+        *("trainer.accelerator=cpu", "trainer.max_steps=8", "data.tokens_per_step=1024", "callbacks.compare=null"),
+        *("callbacks.samples=null", "callbacks.verdict=null", "+callbacks.poison={_target_: poison.Poison}"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    began = time.monotonic()
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "step 3: loss nan" in done.stderr
+    assert "It learned from " in done.stderr and ".json: record " in done.stderr
+    assert len(rows(tmp_path / "runs" / "a", "train/loss")) == 2
+    assert time.monotonic() - began < 90
 
 
 @pytest.mark.slow

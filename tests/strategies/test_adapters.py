@@ -109,8 +109,16 @@ def manifest(**values: object) -> object:
 
 
 HUGE = (2**60).to_bytes(8, "little")
+
+
+def file_for_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("x")
+
+
 K = {  # kind: (damage, error, what the message holds)
     "folder missing": (shutil.rmtree, UserError, "not an adapter folder, adapter_config.json and adapter_model"),
+    "a file for a folder": (file_for_folder, UserError, "not an adapter folder"),
     "weights missing": (lambda f: (f / WEIGHTS).unlink(), UserError, "adapter_model.safetensors missing"),
     "configuration missing": (lambda f: (f / CONFIG).unlink(), UserError, "adapter_config.json missing"),
     "weights empty": (
@@ -216,3 +224,18 @@ def test_the_adapter_itself_and_other_peoples_pickles(tiny, original, tmp_path):
     again = load_adapter(load_model(tiny, dtype="float32"), folder)(tokens).logits
     assert torch.equal(whole, again)
     assert not torch.equal(whole, load_model(tiny, dtype="float32")(tokens).logits)
+
+
+def test_cut_off_or_flipped_anywhere(tiny, original, tmp_path):
+    """At ten places of either file; the tensors are never looked at."""
+    model = load_model(tiny, dtype="float32")
+    for name in (WEIGHTS, CONFIG):
+        whole = (original / name).read_bytes()
+        for tenth in range(10):
+            at = len(whole) * tenth // 10
+            flipped_there = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+            for what, says in ((whole[:at], "bytes, the manifest says"), (flipped_there, "its content is not")):
+                folder = Path(shutil.copytree(original, tmp_path / "a", dirs_exist_ok=True))
+                (folder / name).write_bytes(what)
+                with pytest.raises(DamagedError, match=says):
+                    load_adapter(model, folder)
