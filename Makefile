@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 NAME   ?= 小智
 AUTHOR ?= 开源社区
 
-.PHONY: demo test test-all mutants faults fuzz lint tiny clean
+.PHONY: demo test test-all mutants faults fuzz lint lock tiny clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,11 @@ faults: $(BIN)/.installed
 
 fuzz: $(BIN)/.installed
 	$(BIN)/python tests/faults/fuzz.py
+
+lock: constraints.txt  # needs uv; torch and what belongs to its build are left out
+	{ sed -n "/^#/p" requirements.lock; uv pip compile pyproject.toml -c constraints.txt --generate-hashes \
+	  --python-version 3.11 --no-emit-package torch --no-header --no-annotate \
+	  | awk '/^[a-z0-9]/ { keep = !/^(cuda-|nvidia-|triton=|setuptools=)/ } keep'; } > .lock && mv .lock requirements.lock
 
 tiny: $(BIN)/.installed
 	$(BIN)/python experiments/tiny_base/make.py
