@@ -47,6 +47,39 @@ def after(owner: Any, name: str, change: Callable[[Any], Any]) -> None:
     setattr(owner, name, lambda *args, **kwargs: change(original(*args, **kwargs)))
 
 
+@sabotage("adapters of the compiled layer unscaled", f"{KERNELS}::test_the_layer_for_the_compiler_is_transformers_own")
+def _() -> None:
+    from glmft.kernels import layer
+
+    original = layer._adapter
+    layer._adapter = lambda *a: (found := original(*a)) and found._replace(down=found.down * 2)
+
+
+@sabotage("q, k and v joined in another order", f"{KERNELS}::test_the_layer_for_the_compiler_is_transformers_own")
+def _() -> None:
+    from glmft.kernels import layer
+
+    def joined(found: Any) -> None:
+        found.self_attn.joined_qkv = tuple(t if t is None else t.flip(0) for t in found.self_attn.joined_qkv)
+
+    original = layer.join_qkv
+    layer.join_qkv = lambda found: (original(found), joined(found))
+
+
+@sabotage("the MLP's second adapter left out", f"{KERNELS}::test_the_layer_for_the_compiler_is_transformers_own")
+def _() -> None:
+    from glmft.kernels import layer
+
+    after(layer, "swiglu", lambda out: (out[0], out[1] * 0))
+
+
+@sabotage("the loss's gradient without its target", f"{KERNELS}::test_chunked_loss_equals_its_reference")
+def _() -> None:
+    from glmft.kernels import loss
+
+    after(loss, "loss_and_gradient", lambda out: (out[0], out[1].clamp(min=0)))
+
+
 @sabotage("positions not restarted", f"{COLLATE}::test_pack")
 def _() -> None:
     from glmft.data import collate

@@ -11,24 +11,29 @@ import pytest
 
 pytestmark = pytest.mark.share("reliability")
 FAULTS = Path(__file__).parent / "faults"
+SEEDS = ("17", "26")  # LoRA and full, with one process each; `make faults` has two as well
 
 
-def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, FAULTS / program, *arguments], capture_output=True, text=True, timeout=400)
+def start(program: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(FAULTS / program), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
-    done = run(
-        "harness.py", "--faults", "5", "--settings", "2", "--seed", "7", "--plain", "2", "--json", f"{tmp_path}/f"
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "f").read_text())
-    counted = [f for f in found["faults"] if f["counted"]]
-    assert len(counted) >= 5
+    """Thirty-six faults and two of the disk each, by two harnesses at a time."""
+    options = ("--faults", "18", "--settings", "2", "--plain", "1")
+    harnesses = [start("harness.py", *options, "--seed", seed, "--json", str(tmp_path / seed)) for seed in SEEDS]
+    for harness in harnesses:
+        out, _ = harness.communicate(timeout=400)
+        assert harness.returncode == 0, out
+    found = [fault for seed in SEEDS for fault in json.loads((tmp_path / seed).read_text())["faults"]]
+    counted = [f for f in found if f["counted"]]
+    assert len(counted) >= 36
     assert all(f["identical"] and f["verified"] for f in counted)
 
 
 def test_mutated_input_is_read_or_refused():
-    done = run("fuzz.py", "--records", "20000", "--files", "150", "--seconds", "30")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "records: 20,000" in done.stdout
+    fuzz = start("fuzz.py", "--records", "20000", "--files", "150", "--seconds", "30")
+    out, _ = fuzz.communicate(timeout=400)
+    assert fuzz.returncode == 0, out
+    assert "records: 20,000" in out

@@ -24,7 +24,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
     dtype = getattr(torch, tuner.dtype_name)
     model = random_model(cfg.bench.size, device, dtype)
     model.enable_input_require_grads()
-    if cfg.model.compile_layers:
+    if cfg.model.compile_layers is True:  # auto decides by the length of a run
         compile_layers(model.model.layers)
     tuner.network = model.train()
     steps, plan = Steps(int(cfg.bench.warmup)), data.plan(data.documents)

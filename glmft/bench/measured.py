@@ -20,8 +20,11 @@ class Steps:
         self._at = time.perf_counter()
 
     def begin(self) -> None:
-        """Starts the clock of the next step."""
+        """Starts the clock of the next step; what building the model took is no part of the peak."""
         _synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         self._at = time.perf_counter()
 
     def done(self, loss: float | None = None) -> None:

@@ -8,7 +8,14 @@ from glmft import optim
 from glmft.data.collate import Batch, pack
 from glmft.kernels import compiling
 from glmft.kernels.attention import packed_attention, packed_attention_reference
-from glmft.kernels.loss import cross_entropy_sum, cross_entropy_sum_reference
+from glmft.kernels.layer import join_qkv, packed_layer
+from glmft.kernels.loss import (
+    cross_entropy_sum,
+    cross_entropy_sum_reference,
+    loss_and_gradient,
+    loss_and_gradient_reference,
+)
+from glmft.kernels.swiglu import swiglu, swiglu_reference
 from glmft.models import load_model
 from glmft.models.loading import glm
 from glmft.module import FineTuner
@@ -60,6 +67,71 @@ def test_chunked_loss_equals_its_reference():
     with torch.no_grad():
         assert torch.allclose(cross_entropy_sum(hidden, weight, targets, chunk=10), expected)
     assert cross_entropy_sum(hidden[:0], weight, targets[:0]) == 0
+
+
+@pytest.mark.parametrize("function", ["swiglu", "loss"])
+def test_triton_kernels_equal_their_references(function):
+    """On a GPU; the interpreter of Triton runs them on a CPU where it is installed (TRITON_INTERPRET=1)."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    torch.manual_seed(0)
+    make = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.3  # noqa: E731
+    if function == "loss":
+        logits, targets = make(300, 65024), torch.randint(0, 65024, (300,), device="cuda")
+        expected, found = loss_and_gradient_reference(logits, targets), loss_and_gradient(logits.clone(), targets)
+    else:
+        for r, q in ((8, 8), (0, 8), (64, 0), (3, 17)):
+            inputs = [make(*s).requires_grad_() for s in ((200, 2 * 320), (200, r), (2 * 320, r), (q, 320))]
+            weights = make(200, 320), make(200, q)
+            expected, found = (_with_gradients(f, inputs, weights) for f in (swiglu_reference, swiglu))
+    for a, b in zip(found, expected, strict=True):
+        assert (a.float() - b.float()).norm() <= 0.01 * b.float().norm()
+
+
+def _with_gradients(f, inputs, weights):
+    out = f(*inputs)
+    total = sum((o.float() * w.float()).sum() for o, w in zip(out, weights, strict=True))
+    return [*out, *torch.autograd.grad(total, inputs)]
+
+
+def test_the_loss_and_its_gradient_with_respect_to_logits():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(9, 20, requires_grad=True), torch.randint(0, 20, (9,))
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    losses, gradient = loss_and_gradient(logits.detach().clone(), targets)
+    assert torch.allclose(losses.sum(), expected)
+    assert torch.allclose(gradient, torch.autograd.grad(expected, logits)[0], atol=1e-6)
+
+
+@pytest.mark.share("speed")
+@pytest.mark.parametrize(
+    "targets", ["all", "attention", ["q_proj", "down_proj"], ["gate_up_proj", "o_proj"], ["v_proj"]]
+)
+def test_the_layer_for_the_compiler_is_transformers_own(tiny, targets):
+    """Whichever linear layers have an adapter: the same output, and the same gradients of all that learns."""
+    model = load_model(tiny, dtype="float32").requires_grad_(False)
+    tuned = LoRA(r=4, targets=targets).apply(model).train()
+    torch.manual_seed(0)
+    for name, p in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    layer, config = model.model.layers[1], model.config
+    hidden = torch.randn(1, 23, config.hidden_size, requires_grad=True)
+    cos, sin = model.model.rotary_emb(hidden, torch.cat([torch.arange(14), torch.arange(9)])[None])
+    bounds = torch.tensor([0, 14, 23], dtype=torch.int32)
+    learned = [hidden, *(p for p in layer.parameters() if p.requires_grad)]
+    plain = layer(hidden, position_embeddings=(cos, sin), cu_seq_lens_q=bounds, max_length_q=14)
+    weight = torch.randn_like(plain)
+    expected = torch.autograd.grad((plain * weight).sum(), learned)
+    join_qkv(layer)
+    assert hasattr(layer.self_attn, "joined_qkv")
+    found = packed_layer(layer, hidden, cos, sin, bounds, 14)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad((found * weight).sum(), learned), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    again = layer(hidden, position_embeddings=(cos, sin), cu_seq_lens_q=bounds, max_length_q=14)
+    torch.testing.assert_close(again, plain)  # the joined weights are the layers' own
 
 
 @pytest.mark.share("speed")
