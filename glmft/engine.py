@@ -20,6 +20,7 @@ from glmft.messages import Message
 from glmft.models.generation import left_padded
 from glmft.models.hub import find_local
 from glmft.models.loading import glm, load_model
+from glmft.models.scoring import Pair, Scores, score_answers
 from glmft.models.tokenizer import load_tokenizer
 from glmft.strategies.adapter import CONFIG, add_adapter, load_adapter
 
@@ -204,6 +205,12 @@ class Engine:
             found = self._generate(voices, [prompts[i] for i in rows], sampling, _rows_of(watch, rows))
             out |= dict(zip(rows, found, strict=True))
         return [out[i] for i in range(len(asked))]
+
+    def score(self, voice: str, pairs: Sequence[Pair]) -> Scores:
+        """How likely answers are under a voice: pairs of (prompt ids, answer ids)."""
+        model, adapter = self.voices[voice]
+        with _speaking(model, [adapter]):
+            return score_answers(model, pairs, self.tokenizer.pad_id)
 
     @torch.inference_mode()
     def _generate(

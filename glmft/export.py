@@ -1,4 +1,5 @@
-"""glmft export: an adapter merged into its base, as a model folder that loads everywhere."""
+"""glmft export: an adapter merged into its base, as a model folder that loads everywhere; or the adapter itself, in the
+layer names of either layout."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from typing import Any
 from glmft.artefacts import remove, verify_if_listed, write_folder
 from glmft.caches import use_cache_dir
 from glmft.errors import DamagedError, GlmftError, ResourceError, UserError
+from glmft.files import read_json
 from glmft.quiet import quiet_libraries
 
 PROBE = ("你好", "Who are you?", "1+1=")
@@ -85,6 +87,67 @@ def export(source: str, target: Path, base: str | None, layout: Any, dtype: str,
     }
 
 
+def export_adapter(source: str, target: Path, base: str | None, layout: Any, device: str) -> dict[str, Any]:
+    """Writes the adapter in the names of a layout, loads it again and compares its logits, in fp32.
+
+    Raises:
+        UserError: there is no adapter, it has no exact counterpart in those names, or the target exists.
+        DamagedError: the folder does not answer as the source does; it is removed.
+    """
+    import torch
+
+    from glmft.engine import checked_device, find_tuned
+    from glmft.models.loading import load_model
+    from glmft.models.tokenizer import load_tokenizer
+    from glmft.strategies.adapter import load_adapter, save_adapter, write_published
+
+    if target.exists():
+        raise UserError(f"{target}: exists; choose another folder")
+    tuned = find_tuned(source, base)
+    if tuned.adapter is None:
+        raise UserError(f"{source}: holds no adapter; leave out --adapter")
+    adapter = tuned.adapter
+    checked_device(device := ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+    def logits(folder: Path) -> tuple[Any, list[torch.Tensor]]:
+        model = load_adapter(load_model(tuned.base, dtype="float32", device=device).eval(), folder)
+        tokenizer = load_tokenizer(model.get_base_model().source_folder)
+        prompts = [tokenizer.encode_prompt([{"role": "user", "content": p}]) for p in PROBE]
+        with torch.inference_mode():
+            return model, [model(input_ids=torch.tensor([p], device=device)).logits for p in prompts]
+
+    model, wanted = logits(adapter)
+    plain = model.get_base_model()
+    card = (adapter / "README.md").read_text(encoding="utf-8") if (adapter / "README.md").is_file() else ""
+
+    def write(part: Path) -> None:
+        write_published(adapter, part, plain) if layout == "chatglm" else save_adapter(model, part, card)
+
+    facts = {"base": plain.base_fingerprint, "source": source, "layout": layout}
+    try:
+        write_folder(target, write, facts)
+        _, found = logits(target)
+    except BaseException:
+        remove(target)
+        raise
+    difference = max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
+    allowed = 1e-5 * max(float(w.abs().max()) for w in wanted)
+    if not difference <= allowed:
+        remove(target)
+        raise DamagedError(f"{target}: logits differ by {difference:.3g}, at most {allowed:.3g} was expected; removed")
+    told = {"folder": str(target), "layout": layout, "dtype": "adapter", "largest_logit_difference": difference}
+    return told | {"bytes": sum(f.stat().st_size for f in target.iterdir())}
+
+
+def serving(told: dict[str, Any], base: str) -> str:
+    """The lines that serve it elsewhere."""
+    folder = told["folder"]
+    if told["dtype"] != "adapter":
+        return f"vllm serve {folder}"
+    rank = read_json(Path(folder) / "adapter_config.json")["r"]
+    return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or that of the error."""
     parser = argparse.ArgumentParser(prog="glmft export", description=__doc__)
@@ -96,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="glm_hf",
         help="glm_hf loads in plain transformers and vLLM, chatglm has the published names (default: %(default)s)",
     )
+    parser.add_argument("--adapter", action="store_true", help="the adapter alone, in the layer names of the layout")
     parser.add_argument("--model", help="base model: folder or hub id (default: what the adapter was trained on)")
     parser.add_argument("--dtype", default="auto", choices=("auto", *BYTES), help="of the written weights")
     parser.add_argument("--device", default="auto")
@@ -104,7 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     began = time.monotonic()
     try:
-        told = export(options.source, options.target, options.model, options.layout, options.dtype, options.device)
+        if options.adapter:
+            told = export_adapter(options.source, options.target, options.model, options.layout, options.device)
+        else:
+            told = export(options.source, options.target, options.model, options.layout, options.dtype, options.device)
     except GlmftError as e:
         print(f"glmft: {e}", file=sys.stderr)
         return e.exit_code
@@ -113,8 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError, ValueError) as e:  # torch: out of memory; PEFT: a merge that is not finite
         print(f"glmft: {str(e).splitlines()[0] if str(e) else 'not enough memory'}", file=sys.stderr)
         return ResourceError.exit_code
-    what = f"{told['bytes'] / 1e9:.2f} GB, {told['layout']}, {told['dtype']}, in {time.monotonic() - began:.1f} s"
+    what = f"{told['bytes'] / 1e9:.3f} GB, {told['layout']}, {told['dtype']}, in {time.monotonic() - began:.1f} s"
     print(f"{told['folder']}: {what}; loaded again, logits differ by {told['largest_logit_difference']:.2g} at most")
+    print(f"elsewhere: {serving(told, options.model or 'BASE')}")
     return 0
 
 

@@ -48,7 +48,7 @@ def test_every_experiment_runs(train, experiment, tiny):
 
 def test_every_file_is_reached():
     """No YAML lies about without a test above."""
-    known = {"train.yaml", "paths/default.yaml", "hydra/default.yaml"}
+    known = {"train.yaml", "bench.yaml", "paths/default.yaml", "hydra/default.yaml"}
     known |= {f"{g}/{o}.yaml" for g, o in CHOICES} | {f"experiment/{e}.yaml" for e in EXPERIMENTS}
     root = config.conf_dir()
     assert {str(f.relative_to(root)) for f in root.rglob("*.yaml")} == known

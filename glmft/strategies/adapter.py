@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from glmft.artefacts import verify_if_listed
 from glmft.errors import DamagedError, ProblemList, UserError, nearest
-from glmft.files import read_json
+from glmft.files import read_json, write_json
 from glmft.kernels.lora import use_lean_forward
 from glmft.models.published import tensor_differences
+from glmft.strategies.exchange import is_published, to_glm, to_published
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -43,7 +45,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         DamagedError: a file is broken, or not what was written.
         ProblemList: tensors are missing, unexpected, of another shape, or not finite.
     """
-    config, state, weights = _checked(Path(folder), getattr(model, "base_fingerprint", None))
+    config, state, weights = _checked(Path(folder), model)
     with _named(folder):
         tuned = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type]
     return _filled(tuned, state, weights, name)
@@ -57,22 +59,25 @@ def add_adapter(model: PeftModel, folder: str | Path, name: str) -> PeftModel:
     """
     if name in model.peft_config:
         raise UserError(f"{folder}: an adapter called '{name}' is loaded already")
-    config, state, weights = _checked(Path(folder), getattr(model.get_base_model(), "base_fingerprint", None))
+    config, state, weights = _checked(Path(folder), model.get_base_model())
     with _named(folder):
         model.add_adapter(name, config)
     return _filled(model, state, weights, name)
 
 
-def _checked(path: Path, own: str | None) -> tuple[LoraConfig, dict[str, torch.Tensor], Path]:
+def _checked(path: Path, model: Any) -> tuple[LoraConfig, dict[str, torch.Tensor], Path]:
     weights = next((path / n for n in (WEIGHTS, PICKLED) if (path / n).is_file()), None)
     missing = [CONFIG] * (not (path / CONFIG).is_file()) + [WEIGHTS] * (weights is None)
     if weights is None or missing:
         raise UserError(f"{path}: not an adapter folder, {' and '.join(missing)} missing")
-    base = verify_if_listed(path).get("base")
+    base, own = verify_if_listed(path).get("base"), getattr(model, "base_fingerprint", None)
     if base and own and base != own:
         raise UserError(f"{path}: an adapter of another base model ({base}), this one is {own}")
-    state = _read(weights)
-    return _config(path / CONFIG, state), state, weights
+    raw, state = _raw(path / CONFIG), _read(weights)
+    if is_published(state):
+        with _named(weights):
+            raw, state = to_glm(raw, state, model.config)
+    return _config(path / CONFIG, raw, state), state, weights
 
 
 def _filled(tuned: PeftModel, state: dict[str, torch.Tensor], weights: Path, name: str) -> PeftModel:
@@ -97,14 +102,19 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         raise DamagedError(f"{file}: cannot be read as tensors ({reason})") from None
 
 
-def _config(file: Path, state: dict[str, torch.Tensor]) -> LoraConfig:
-    """adapter_config.json, as far as it is a plain LoRA whose rank the tensors have: nothing is imported or fetched
-    because of it, and no memory is taken for a rank that is not there."""
+def _raw(file: Path) -> dict[str, Any]:
     try:
         raw = read_json(file)
-        kind, rank = raw["peft_type"], raw["r"]
+        _ = raw["peft_type"], raw["r"]
     except (ValueError, KeyError, TypeError) as e:
         raise DamagedError(f"{file}: not an adapter's configuration ({type(e).__name__}: {e})") from None
+    return dict(raw)
+
+
+def _config(file: Path, raw: dict[str, Any], state: dict[str, torch.Tensor]) -> LoraConfig:
+    """adapter_config.json, as far as it is a plain LoRA whose rank the tensors have: nothing is imported or fetched
+    because of it, and no memory is taken for a rank that is not there."""
+    kind, rank = raw["peft_type"], raw["r"]
     if kind != "LORA":
         raise UserError(f"{file}: peft_type is {kind}, only LORA is loaded")
     if asking := [k for k in ("auto_mapping", "megatron_config") if raw.get(k)]:
@@ -126,5 +136,22 @@ def _named(place: str | Path) -> Iterator[None]:
     """PEFT's own refusals, with the file or folder they are about."""
     try:
         yield
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, UserError) as e:
         raise UserError(f"{place}: {str(e).splitlines()[0]}") from None
+
+
+def write_published(source: str | Path, folder: Path, model: Any) -> None:
+    """An adapter in the published layer names, beside the card of the source.
+
+    Raises:
+        UserError: it has no exact counterpart there; and as `load_adapter`.
+    """
+    _, state, _ = _checked(Path(source), model)
+    raw = _raw(Path(source) / CONFIG)
+    with _named(source):
+        raw, state = to_published(raw, state, model.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / CONFIG, raw)
+    if (card := Path(source) / "README.md").is_file():
+        (folder / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
