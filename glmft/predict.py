@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import html
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from glmft.caches import use_cache_dir
 from glmft.errors import DamagedError, GlmftError, ResourceError, UserError
@@ -23,7 +25,7 @@ from glmft.quiet import quiet_libraries
 from glmft.scores import Answer, bootstrap, corpus_bleu, per_answer
 
 if TYPE_CHECKING:
-    from glmft.engine import Engine, Sampling
+    from glmft.engine import Engine, Sampling, Tuned
 
 PREDICTIONS, SETTINGS, SCORES = "predictions.jsonl", "settings.json", "scores.json"
 SHOWN = 20  # records of the page, those that changed most
@@ -64,14 +66,34 @@ def read_prompts(file: Path) -> list[Asked]:
     return out
 
 
-def read_data(name: str, folder: Path, directory: str | None, limit: int | None) -> list[Asked]:
-    """The records of a data set (a registry's name, or a file) without their last answers, which are the references."""
+def read_data(
+    name: str, folder: Path, directory: str | None, limit: int | None, fill: Mapping[str, str]
+) -> list[Asked]:
+    """The records of a data set (a registry's name, or a file) without their last answers, which are the references.
+    `fill` has values of {{name}}-style blanks."""
     from glmft.data.corpus import CorpusSpec, prepare
 
     where = {"path": name} if Path(name).exists() else {"datasets": [name]}
-    corpus = prepare(CorpusSpec.of(folder, **where, dir=directory, max_samples=limit))
+    corpus = prepare(CorpusSpec.of(folder, **where, dir=directory, max_samples=limit, fill=dict(fill)))
     found = corpus.conversations(corpus.train, range(len(corpus.train)))
     return [_asked(i, c.source, c.prompt, c.messages[-1].content) for i, c in enumerate(found)]
+
+
+def fill_of(tuned: Sequence[Tuned], given: Sequence[str]) -> dict[str, str]:
+    """Values of blanks: those of the command line, then those that the runs were trained with.
+
+    Raises:
+        UserError: one is not NAME=VALUE.
+    """
+    if wrong := [g for g in given if "=" not in g]:
+        raise UserError(f"--fill {wrong[0]}: expected NAME=VALUE")
+    out: dict[str, str] = {}
+    for t in tuned:
+        file = (t.adapter or t.model or Path()).parent / ".hydra" / "config.yaml"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            known = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]["fill"]
+            out = {str(k): str(v) for k, v in known.items()} | out
+    return out | dict(g.split("=", 1) for g in given)
 
 
 def _asked(number: int, source: str, messages: Sequence[Message], reference: str | None) -> Asked:
@@ -308,6 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("predictions"), help="the folder; the same command goes on there"
     )
     parser.add_argument("--dir", help="folder of dataset_info.json")
+    parser.add_argument("--fill", nargs="*", default=[], metavar="NAME=VALUE", help="blanks (default: the run's own)")
     parser.add_argument("--max-samples", type=int, help="only so many records, chosen by a fixed seed")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64, help="rows of a batch, over all voices")
@@ -353,7 +376,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     tuned = [find_tuned(source, options.model) for source in options.sources]
     engine = Engine(tuned, options.dtype, options.device)
     if options.data:
-        asked = read_data(options.data, engine.tokenizer.model_file.parent, options.dir, options.max_samples)
+        fill = fill_of(tuned, options.fill)
+        folder = engine.tokenizer.model_file.parent
+        asked = read_data(options.data, folder, options.dir, options.max_samples, fill)
     settings = {
         **{"sources": options.sources, "asked": options.data or str(options.prompts), "records": len(asked)},
         **{"sampling": asdict(sampling), "dtype": options.dtype, "batch_size": options.batch_size},

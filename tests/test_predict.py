@@ -75,6 +75,18 @@ def test_a_data_set_with_scores(tiny, folder, run):
     assert "<script" not in page
 
 
+def test_blanks_are_filled_as_in_the_run(tiny, folder, run):
+    (folder.parent / ".hydra").mkdir()
+    (folder.parent / ".hydra" / "config.yaml").write_text("data:\n  fill: {name: 小智, author: 开源社区}\n")
+    assert run("--data", "tiny_identity_test", "--max-samples", "4")[0] == 0
+    assert run("--data", "tiny_identity_test", "--max-samples", "4", "--fill", "name=Ada", "--out", "b")[0] == 0
+    references = [[r["reference"] for r in rows(Path(out) / PREDICTIONS)] for out in ("predictions", "b")]
+    assert any("小智" in r for r in references[0])
+    assert any("Ada" in r for r in references[1])
+    assert not any("{{" in r for group in references for r in group)
+    assert run("--data", "tiny_identity_test", "--fill", "name")[0] == 2
+
+
 def test_a_stopped_prediction_goes_on(run, monkeypatch):
     Path("p.txt").write_text("\n".join([*QUESTIONS, "", "1+1=", "<b>&"]))
     original, calls = Engine.reply, []
