@@ -13,8 +13,7 @@ from typing import Any
 
 from glmft.data.records import RecordError, kind_of, shown
 from glmft.messages import Message
-
-SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
+from glmft.models.tokenizer import TOOLS_PROMPT
 
 
 def call(name: str, arguments: Mapping[str, Any], learn: bool | None = None) -> Message:
@@ -109,4 +108,4 @@ def with_tools(messages: Sequence[Message], record: Mapping[str, Any], columns: 
         return list(messages)
     if messages and messages[0].role == "system":
         return [Message("system", messages[0].content, tools=tools, learn=messages[0].learn), *messages[1:]]
-    return [Message("system", SYSTEM, tools=tools), *messages]
+    return [Message("system", TOOLS_PROMPT, tools=tools), *messages]

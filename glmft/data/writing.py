@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from glmft.data.records import RecordError
-from glmft.data.tools import SYSTEM, arguments_of
+from glmft.data.tools import arguments_of
 from glmft.messages import Conversation, Message
+from glmft.models.tokenizer import TOOLS_PROMPT
 
 
 def _parts(conversation: Conversation) -> tuple[str, Any, list[Message]]:
@@ -22,7 +23,7 @@ def _parts(conversation: Conversation) -> tuple[str, Any, list[Message]]:
             raise RecordError("call", f"the call of '{before.metadata}' has no result")
     if first.role != "system":
         return "", None, [first, *rest]
-    if first.tools and first.content == SYSTEM and first.learn is None:
+    if first.tools and first.content == TOOLS_PROMPT and first.learn is None:
         return "", first.tools, rest
     if first.learn is not None or not first.content:
         return "", first.tools, [first, *rest]

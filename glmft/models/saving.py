@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from glmft.errors import UserError
 from glmft.files import write_json
 from glmft.models.conversion import published_mapping
+from glmft.models.fast import fast_tokenizer
 from glmft.models.published import INV_FREQ, PublishedConfig
 from glmft.models.tokenizer import ChatGLM3Tokenizer
 
@@ -61,7 +62,8 @@ def save_model(
     tokenizer: ChatGLM3Tokenizer | None = None,
     max_shard_size: str = "2GB",
 ) -> Path:
-    """Writes config.json, safetensors shards and, where given, tokenizer.model.
+    """Writes config.json, safetensors shards and, where given, tokenizer.model, the fast tokenizer with the chat
+    template, and the tokens that generation stops at.
 
     Raises:
         UserError: the folder exists and is not empty, or the layout is unknown.
@@ -79,4 +81,7 @@ def save_model(
         raise UserError(f"layout={layout}: allowed are chatglm, glm_hf")
     if tokenizer is not None:
         shutil.copyfile(tokenizer.model_file, target / "tokenizer.model")
+        fast_tokenizer(tokenizer, model.config.max_position_embeddings).save_pretrained(target)
+        stops = {"eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.pad_id, "do_sample": False}
+        write_json(target / "generation_config.json", stops)
     return target

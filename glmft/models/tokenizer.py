@@ -31,6 +31,8 @@ CONTROL_TOKENS = (
     "<|assistant|>",
     "<|observation|>",
 )
+TOOLS_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
+"""The system message that stands before tools where there is none (the published prompt guide)."""
 
 
 class ChatGLM3Tokenizer:
