@@ -12,6 +12,7 @@ COMMANDS = {  # command -> (module, what it does)
     "train": ("glmft.train", "fine-tune: glmft train experiment=lora_alpaca_zh"),
     "chat": ("glmft.chat", "base and tuned answers side by side: glmft chat RUN"),
     "predict": ("glmft.predict", "a data set through base and tuned, with scores: glmft predict RUN --data NAME"),
+    "eval": ("glmft.benchmarks", "base and tuned on lm-eval's tasks: glmft eval RUN --tasks ceval-valid"),
     "serve": ("glmft.serve", "base and adapters behind OpenAI's API: glmft serve RUN"),
     "export": ("glmft.export", "a model folder with the adapter merged: glmft export RUN FOLDER"),
     "data": ("glmft.data_cli", "data sets: glmft data add mine.json --name mine"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -206,10 +207,16 @@ class Engine:
             out |= dict(zip(rows, found, strict=True))
         return [out[i] for i in range(len(asked))]
 
-    def score(self, voice: str, pairs: Sequence[Pair]) -> Scores:
-        """How likely answers are under a voice: pairs of (prompt ids, answer ids)."""
+    @contextmanager
+    def speaking(self, voice: str) -> Iterator[Any]:
+        """The model, with this voice's adapter on or off, for programs that ask it themselves."""
         model, adapter = self.voices[voice]
         with _speaking(model, [adapter]):
+            yield model
+
+    def score(self, voice: str, pairs: Sequence[Pair]) -> Scores:
+        """How likely answers are under a voice: pairs of (prompt ids, answer ids)."""
+        with self.speaking(voice) as model:
             return score_answers(model, pairs, self.tokenizer.pad_id)
 
     @torch.inference_mode()

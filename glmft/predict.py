@@ -23,6 +23,7 @@ from glmft.files import append_jsonl, write_json
 from glmft.messages import Message, as_messages
 from glmft.quiet import quiet_libraries
 from glmft.scores import Answer, bootstrap, corpus_bleu, per_answer
+from glmft.tables import as_latex, as_text
 
 if TYPE_CHECKING:
     from glmft.engine import Engine, Sampling, Tuned
@@ -217,23 +218,6 @@ def table(result: dict[str, Any]) -> list[list[str]]:
             )
         out.append(row)
     return out
-
-
-def as_text(lines: list[list[str]]) -> str:
-    """Columns of equal width."""
-    widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
-    cells = (
-        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in lines
-    )
-    return "\n".join("  ".join(row).rstrip() for row in cells)
-
-
-def as_latex(lines: list[list[str]]) -> str:
-    """A tabular environment."""
-    escaped = [[c.translate({ord(x): "\\" + x for x in "%_&#$"}) for c in row] for row in lines]
-    body = [" & ".join(row) + r" \\" for row in escaped]
-    columns = "l" + "r" * (len(lines[0]) - 1)
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", body[0], r"\hline", *body[1:], r"\end{tabular}", ""])
 
 
 def as_page(lines: list[list[str]], found: Sequence[dict[str, Any]]) -> str:

@@ -8,13 +8,14 @@ asks for `split_special_tokens=True`.
 from __future__ import annotations
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from glmft.models.tokenizer import CONTROL_TOKENS, TOOLS_PROMPT, ChatGLM3Tokenizer
 
 BOUNDARY = "\u2581"
+PREFIX = ("[gMASK]", "sop")  # of a text that is encoded with special tokens, as the published tokenizer has it
 WORDS = ("sop", "eop")  # control tokens that are also parts of words
 TEMPLATE = """\
 {{- '[gMASK]sop' -}}
@@ -61,8 +62,12 @@ def fast_tokenizer(tokenizer: ChatGLM3Tokenizer, max_length: int) -> PreTrainedT
     inner.add_special_tokens(
         [AddedToken(name, normalized=False, special=True, single_word=name in WORDS) for name in CONTROL_TOKENS]
     )
+    prefix = [(name, tokenizer.control_ids[name]) for name in PREFIX]
+    opening = " ".join(PREFIX)
+    inner.post_processor = processors.TemplateProcessing(f"{opening} $A", f"{opening} $A $B", prefix)
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
+        bos_token=PREFIX[0],
         unk_token=unknown,
         pad_token=unknown,
         eos_token=end,

@@ -99,6 +99,11 @@ def test_control_tokens_have_their_ids_and_words_stay_words(tiny):
     assert (fast.eos_token_id, fast.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)
     assert fast("philosophy", add_special_tokens=False)["input_ids"] == tokenizer.encode("philosophy")
     assert len(fast) == len(tokenizer)
+    assert fast("hi")["input_ids"] == [
+        tokenizer.control_ids["[gMASK]"],
+        tokenizer.control_ids["sop"],
+        *tokenizer.encode("hi"),
+    ]
     for text in ("你好 world", "  a  b\nc", "🙂x"):
         assert fast.decode(tokenizer.encode(text)) == text
 
