@@ -144,8 +144,12 @@ def serving(told: dict[str, Any], base: str) -> str:
     folder = told["folder"]
     if told["dtype"] != "adapter":
         return f"vllm serve {folder}"
-    rank = read_json(Path(folder) / "adapter_config.json")["r"]
-    return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}"
+    rank = max(8, 1 << (read_json(Path(folder) / "adapter_config.json")["r"] - 1).bit_length())  # what vLLM allows
+    layout = told["layout"]
+    return (
+        f"glmft export {base} base-{layout} --layout {layout} && vllm serve base-{layout} --enable-lora "
+        f"--max-lora-rank {rank} --lora-modules tuned={folder}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
