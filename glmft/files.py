@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from glmft.errors import DamagedError
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -38,3 +41,22 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """One object as one line, flushed, so that a reader can follow the file."""
     with path.open("a", encoding="utf-8") as f:
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Rows that `append_jsonl` wrote; a last line that was cut off is taken away, so that the next one stands alone.
+
+    Raises:
+        DamagedError: another line is no object.
+    """
+    if not file.is_file():
+        return
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        file.write_bytes(whole)
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        try:
+            yield dict(json.loads(line))
+        except (ValueError, TypeError):
+            raise DamagedError(f"{file}: line {number} is not what was written; remove it to go on") from None

@@ -9,7 +9,7 @@ import html
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ import numpy as np
 import yaml
 
 from glmft.caches import use_cache_dir
-from glmft.errors import DamagedError, GlmftError, ResourceError, UserError
-from glmft.files import append_jsonl, write_json
+from glmft.errors import GlmftError, ResourceError, UserError
+from glmft.files import append_jsonl, read_rows, write_json
 from glmft.messages import Message, as_messages
 from glmft.quiet import quiet_libraries
 from glmft.scores import Answer, bootstrap, corpus_bleu, per_answer
@@ -109,7 +109,7 @@ def _asked(number: int, source: str, messages: Sequence[Message], reference: str
 
 def predict(engine: Engine, asked: Sequence[Asked], sampling: Sampling, batch: int, file: Path) -> None:
     """Every voice answers every prompt; a line each is appended as it comes, and what is there is not asked again."""
-    done = {row["id"] for row in rows(file)}
+    done = {row["id"] for row in read_rows(file)}
     left = sorted(
         (a for a in asked if a["id"] not in done), key=lambda a: sum(len(m["content"]) for m in a["messages"])
     )
@@ -153,21 +153,6 @@ def reference_losses(engine: Engine, asked: Sequence[Asked]) -> list[dict[str, d
         for i, total, count in zip(known, sums, scores.lengths, strict=True):
             out[i][voice] = {"loss": float(total), "reference_tokens": int(count)}
     return out
-
-
-def rows(file: Path) -> Iterator[dict[str, Any]]:
-    """What was predicted; a last line that was cut off is taken away, so that the next one stands alone."""
-    if not file.is_file():
-        return
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        file.write_bytes(whole)
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
-        try:
-            yield dict(json.loads(line))
-        except (ValueError, TypeError):
-            raise DamagedError(f"{file}: line {number} is not what was written; remove it to ask again") from None
 
 
 # ---- scores
@@ -256,7 +241,7 @@ def as_page(lines: list[list[str]], found: Sequence[dict[str, Any]]) -> str:
 
 def write_scores(folder: Path) -> dict[str, Any]:
     """scores.json, .csv, .tex and report.html of what was predicted."""
-    found = sorted(rows(folder / PREDICTIONS), key=lambda row: row["id"])
+    found = sorted(read_rows(folder / PREDICTIONS), key=lambda row: row["id"])
     result = score(found)
     lines = table(result)
     write_json(folder / SCORES, result)
@@ -271,7 +256,7 @@ def to_wandb(folder: Path, project: str, result: dict[str, Any]) -> None:
     """Scores as a summary, predictions as a table."""
     import wandb
 
-    found = list(rows(folder / PREDICTIONS))
+    found = list(read_rows(folder / PREDICTIONS))
     voices = list(found[0]["answers"])
     data = [[r["messages"][-1]["content"], r["reference"], *(r["answers"][v]["text"] for v in voices)] for r in found]
     run = wandb.init(project=project, name=folder.name, job_type="predict", dir=str(folder))

@@ -65,6 +65,27 @@ def add_adapter(model: PeftModel, folder: str | Path, name: str) -> PeftModel:
     return _filled(model, state, weights, name)
 
 
+def read_adapter(folder: Path, model: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(adapter_config.json, tensors) in GLM's names, of an adapter of this model's base.
+
+    Raises:
+        UserError, DamagedError: as `load_adapter`.
+    """
+    _, state, _ = _checked(folder, model)
+    return _raw(folder / CONFIG), state
+
+
+def write_adapter(folder: Path, state: dict[str, torch.Tensor], rank: int, base: str, card: str) -> None:
+    """An adapter whose scaling is 1, in PEFT's format."""
+    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in state})
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True)
+    config.base_model_name_or_path = base
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
 def _checked(path: Path, model: Any) -> tuple[LoraConfig, dict[str, torch.Tensor], Path]:
     weights = next((path / n for n in (WEIGHTS, PICKLED) if (path / n).is_file()), None)
     missing = [CONFIG] * (not (path / CONFIG).is_file()) + [WEIGHTS] * (weights is None)
@@ -146,8 +167,7 @@ def write_published(source: str | Path, folder: Path, model: Any) -> None:
     Raises:
         UserError: it has no exact counterpart there; and as `load_adapter`.
     """
-    _, state, _ = _checked(Path(source), model)
-    raw = _raw(Path(source) / CONFIG)
+    raw, state = read_adapter(Path(source), model)
     with _named(source):
         raw, state = to_published(raw, state, model.config)
     folder.mkdir(parents=True, exist_ok=True)
