@@ -24,6 +24,7 @@ from glmft.models.loading import glm, load_model
 from glmft.models.scoring import Pair, Scores, score_answers
 from glmft.models.tokenizer import load_tokenizer
 from glmft.strategies.adapter import CONFIG, add_adapter, load_adapter
+from glmft.strategies.combining import MOVE_THE_BASE
 
 BASE = "base"
 
@@ -129,7 +130,7 @@ def checked_device(name: str) -> str:
 def moves_the_base(adapter: Path) -> str:
     """The initialisation that changes the base's own weights, as PiSSA and OLoRA do, or an empty text."""
     init = read_json(adapter / CONFIG).get("init_lora_weights")
-    return init if isinstance(init, str) and init.startswith(("pissa", "olora", "corda")) else ""
+    return init if isinstance(init, str) and init.startswith(MOVE_THE_BASE) else ""
 
 
 Watch = Callable[[int, Message], bool]  # row and what it says so far; false ends the answer
@@ -196,11 +197,12 @@ class Engine:
         if (longest := max(map(len, prompts))) >= self.limit:
             raise UserError(f"the conversation is {longest} tokens long, the model reads {self.limit}; begin a new one")
         out: dict[int, Reply] = {}
-        groups: dict[tuple[int, str | None], list[int]] = {}
+        groups: dict[tuple[int, str | None, int], list[int]] = {}
         for i, (voice, _) in enumerate(asked):
             model, adapter = self.voices[voice]
             alone = adapter if _needs_a_pass_of_its_own(model) else ""
-            groups.setdefault((id(model), alone), []).append(i)
+            tight = len(prompts[i]) + sampling.max_new_tokens > self.limit  # would shorten the others' answers
+            groups.setdefault((id(model), alone, i if tight else -1), []).append(i)
         for rows in groups.values():
             voices = [asked[i][0] for i in rows]
             found = self._generate(voices, [prompts[i] for i in rows], sampling, _rows_of(watch, rows))
@@ -303,7 +305,7 @@ class _Follower(BaseStreamer, StoppingCriteria):  # type: ignore[misc]
                 self.stopped[row] = "end"
                 continue
             self.rows[row].append(token)
-            if self.watch and not self.watch(row, self.tokenizer.parse_reply(self.rows[row])):
+            if self.watch and not self.watch(row, self.tokenizer.parse_beginning(self.rows[row])):
                 self.stopped[row] = "cancelled"
 
     def end(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -74,10 +76,20 @@ class Judge:
         self.client = OpenAI(base_url=address, api_key=key, max_retries=3, timeout=120)
 
     def compare(self, row: dict[str, Any], voice: str) -> dict[str, Any]:
-        """Both orders of one record: {"id", "voice", "verdicts", "outcome"}."""
+        """Both orders of one record: {"key", "voice", "verdicts", "outcome"}; no outcome where there was no verdict."""
         answers = [row["answers"][name]["text"] for name in (next(iter(row["answers"])), voice)]
-        said = [self.ask(row, *pair) for pair in (answers, answers[::-1])]
-        return {"id": row["id"], "voice": voice, "verdicts": said, "outcome": outcome(*said)}
+        judged: dict[str, Any] = {"key": self.key(row, voice), "id": row["id"], "voice": voice}
+        try:
+            said = [self.ask(row, *pair) for pair in (answers, answers[::-1])]
+        except ValueError as e:
+            return judged | {"verdicts": [str(e)], "outcome": None}
+        return judged | {"verdicts": said, "outcome": outcome(*said)}
+
+    def key(self, row: dict[str, Any], voice: str) -> str:
+        """Of this judge, this request and these answers."""
+        answers = [row["answers"][name]["text"] for name in (next(iter(row["answers"])), voice)]
+        what = [self.model, str(self.client.base_url), row["id"], row["messages"], row["reference"], *answers]
+        return hashlib.sha256(json.dumps([*what, voice], ensure_ascii=False).encode()).hexdigest()[:16]
 
     def ask(self, row: dict[str, Any], a: str, b: str) -> str:
         """One verdict."""
@@ -94,30 +106,37 @@ def run(folder: Path, judge: Judge, parallel: int) -> dict[str, Any]:
 
     Raises:
         UserError: there is nothing to judge.
-        ResourceError: the judge cannot be reached, or gives no verdict.
+        ResourceError: the judge cannot be reached, or gives no verdict at all.
     """
     from openai import OpenAIError
 
     found = list(read_rows(folder / PREDICTIONS))
     if not found or len(found[0]["answers"]) < 2:
         raise UserError(f"{folder}: holds no predictions of a base and a tuned voice; glmft predict makes them")
-    done = {(r["id"], r["voice"]) for r in read_rows(folder / JUDGEMENTS)}
+    done = {r["key"] for r in read_rows(folder / JUDGEMENTS)}
     voices = list(found[0]["answers"])[1:]
-    left = [(row, voice) for row in found for voice in voices if (row["id"], voice) not in done]
+    wanted = {judge.key(row, voice): (row, voice) for row in found for voice in voices}
+    left = [pair for key, pair in wanted.items() if key not in done]
     try:
         with ThreadPoolExecutor(parallel) as pool:
             for judged in pool.map(lambda pair: judge.compare(*pair), left):
                 append_jsonl(folder / JUDGEMENTS, judged)
-    except (OpenAIError, ValueError) as e:
+    except OpenAIError as e:
         told = f"{type(e).__name__}: {str(e).splitlines()[0][:300]}"
         raise ResourceError(f"the judge failed ({told}); the same command goes on") from None
-    rows = list(read_rows(folder / JUDGEMENTS))
+    rows = [r for r in read_rows(folder / JUDGEMENTS) if r["key"] in wanted]
     result: dict[str, Any] = {"judge": judge.model, "win_rate": {}}
     for voice in voices:
-        points = np.array([r["outcome"] for r in rows if r["voice"] == voice])
+        outcomes = [r["outcome"] for r in rows if r["voice"] == voice]
+        points = np.array([o for o in outcomes if o is not None])
+        if not len(points):
+            raise ResourceError(
+                f"the judge gave no verdict on any of {len(outcomes)} records: {rows[0]['verdicts'][0]}"
+            )
         low, high = bootstrap(points)
         result["win_rate"][voice] = {
             **{"mean": float(points.mean()), "interval": [low, high], "records": len(points)},
+            "undecided": len(outcomes) - len(points),
             **{name: int((points == value).sum()) for name, value in (("won", 1), ("lost", 0), ("even", 0.5))},
         }
     write_json(folder / RESULT, result)
@@ -148,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     for voice, told in result["win_rate"].items():
         low, high = told["interval"]
-        counts = f"won {told['won']}, even {told['even']}, lost {told['lost']}"
+        counts = f"won {told['won']}, even {told['even']}, lost {told['lost']}, undecided {told['undecided']}"
         print(f"{voice} against the base: {told['mean']:.1%} [{low:.1%}, {high:.1%}]; {counts}")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import hashlib
 import html
 import json
 import sys
@@ -21,6 +22,7 @@ from glmft.caches import use_cache_dir
 from glmft.errors import GlmftError, ResourceError, UserError
 from glmft.files import append_jsonl, read_rows, write_json
 from glmft.messages import Message, as_messages
+from glmft.models.published import fingerprint
 from glmft.quiet import quiet_libraries
 from glmft.scores import Answer, bootstrap, corpus_bleu, per_answer
 from glmft.tables import as_latex, as_text
@@ -59,6 +61,8 @@ def read_prompts(file: Path) -> list[Asked]:
             reference = found.get("reference")
             if reference is not None and not isinstance(reference, str):
                 raise TypeError("reference is no text")
+            if not all(isinstance(m.get("content"), str) for m in messages):
+                raise TypeError("content is no text")
             out.append(_asked(len(out), where, as_messages(messages), reference))
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise UserError(f"{where}: neither a text, nor an object with prompt or messages ({e})") from None
@@ -77,7 +81,7 @@ def read_data(
     where = {"path": name} if Path(name).exists() else {"datasets": [name]}
     corpus = prepare(CorpusSpec.of(folder, **where, dir=directory, max_samples=limit, fill=dict(fill)))
     found = corpus.conversations(corpus.train, range(len(corpus.train)))
-    return [_asked(i, c.source, c.prompt, c.messages[-1].content) for i, c in enumerate(found)]
+    return [_asked(i, c.source, c.prompt, c.messages[-1].content, c.messages[-1].metadata) for i, c in enumerate(found)]
 
 
 def fill_of(tuned: Sequence[Tuned], given: Sequence[str]) -> dict[str, str]:
@@ -97,11 +101,21 @@ def fill_of(tuned: Sequence[Tuned], given: Sequence[str]) -> dict[str, str]:
     return out | dict(g.split("=", 1) for g in given)
 
 
-def _asked(number: int, source: str, messages: Sequence[Message], reference: str | None) -> Asked:
+def weights_of(tuned: Tuned) -> str:
+    """A hash of what was tuned."""
+    if tuned.adapter is None:
+        return fingerprint(tuned.model) if tuned.model else ""
+    files = sorted(tuned.adapter.glob("adapter_*"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _asked(number: int, source: str, messages: Sequence[Message], reference: str | None, metadata: str = "") -> Asked:
     said = [
-        {k: v for k, v in asdict(m).items() if k in ("role", "content", "metadata", "tools") and v} for m in messages
+        {k: v for k, v in asdict(m).items() if k == "content" or (k in ("role", "metadata", "tools") and v)}
+        for m in messages
     ]
-    return {"id": number, "source": source, "messages": said, "reference": reference}
+    asked = {"id": number, "source": source, "messages": said, "reference": reference}
+    return asked | ({"reference_metadata": metadata} if metadata else {})
 
 
 # ---- answering
@@ -143,7 +157,9 @@ def reference_losses(engine: Engine, asked: Sequence[Asked]) -> list[dict[str, d
     pairs = [
         (
             engine.tokenizer.encode_prompt(asked[i]["messages"]),
-            engine.tokenizer.encode_answer(Message("assistant", asked[i]["reference"])),
+            engine.tokenizer.encode_answer(
+                Message("assistant", asked[i]["reference"], asked[i].get("reference_metadata", ""))
+            ),
         )
         for i in known
     ]
@@ -350,6 +366,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         asked = read_data(options.data, folder, options.dir, options.max_samples, fill)
     settings = {
         **{"sources": options.sources, "asked": options.data or str(options.prompts), "records": len(asked)},
+        "content of what is asked": hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:16],
+        "weights": [fingerprint(engine.tokenizer.model_file.parent), *map(weights_of, tuned)],
         **{"sampling": asdict(sampling), "dtype": options.dtype, "batch_size": options.batch_size},
     }
     check_settings(options.out, settings)

@@ -42,6 +42,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LARGEST_BODY = 2**20  # bytes
 TOGETHER = 0.01  # seconds that a request waits for others to share its batch
 DEFAULT_TOKENS = 512
+COLDEST = 1e-3  # temperature below which logits would overflow; the choice is greedy there
 
 
 # ---- what a request may hold
@@ -93,6 +94,8 @@ def messages_of(request: ChatRequest) -> list[Message]:
     Raises:
         Refused: a role, content or tool that cannot be used.
     """
+    if any("\ud800" <= c <= "\udfff" for c in json.dumps(request.messages, ensure_ascii=False)):
+        raise Refused(400, "messages: hold half a character (a lone surrogate)", param="messages")
     turns = [{**turn, "content": _text(turn.get("content"), i)} for i, turn in enumerate(request.messages)]
     try:
         messages = openai.convert({"messages": turns, "tools": request.tools}, {}, {})
@@ -331,7 +334,8 @@ class Server:
             )
         messages = messages_of(asked)
         limit = asked.max_completion_tokens or asked.max_tokens or DEFAULT_TOKENS
-        sampling = Sampling(limit, asked.temperature, asked.top_p, seed=asked.seed if asked.temperature else None)
+        temperature = asked.temperature if asked.temperature >= COLDEST else 0.0
+        sampling = Sampling(limit, temperature, asked.top_p, seed=asked.seed if temperature else None)
         stops = tuple(s for s in ([asked.stop] if isinstance(asked.stop, str) else asked.stop or ()) if s)
         return Job(asked.model, messages, sampling, stops, bool(asked.tools), asyncio.get_running_loop())
 
@@ -354,7 +358,9 @@ async def _wait(job: Job, request: Request) -> Done:
         try:
             event = await asyncio.wait_for(job.events.get(), 0.2)
         except TimeoutError:
-            job.cancelled = job.cancelled or await request.is_disconnected()
+            if await request.is_disconnected():
+                job.cancelled = True
+                raise Refused(499, "the client left") from None
             continue
         if isinstance(event, Done):
             return Done(job.sent + event.rest, event.reason, event.tokens, event.message)
@@ -455,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     key = options.api_key or os.environ.get("GLMFT_API_KEY")
     try:
-        check(options.host, key, options.max_waiting, options.batch_size)
+        check(options.host, options.port, key, options.max_waiting, options.batch_size)
         use_cache_dir()
         quiet_libraries()
         from glmft.engine import Engine, find_tuned
@@ -470,13 +476,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check(host: str, key: str | None, waiting: int, rows: int) -> None:
+def check(host: str, port: int, key: str | None, waiting: int, rows: int) -> None:
     """Raises:
     UserError: another host without a key, or a number below 1.
     ResourceError: the extra `serve` is not installed.
     """
     if host not in LOOPBACK and not key:
         raise UserError(f"--host {host}: reachable from elsewhere, which needs --api-key (or GLMFT_API_KEY)")
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port}: must be 0 to 65535")
     if min(waiting, rows) < 1:
         raise UserError("--max-waiting and --batch-size must be 1 or more")
     if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_chat import adapter
 
 from glmft.adapters_cli import main
@@ -72,8 +75,16 @@ def test_what_full_fine_tuning_changed(tiny, tmp_path, capsys):
 
 def test_what_cannot_be_combined(tiny, tmp_path, capsys):
     one, dora = adapter(tiny, tmp_path / "one", 1), adapter(tiny, tmp_path / "dora", 1, use_dora=True)
+    pissa = adapter(tiny, tmp_path / "pissa", 1, init_weights="pissa")
+    other = shutil.copytree(tiny, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {"num_layers": 3}
+    (other / "config.json").write_text(json.dumps(config))
+    state = {k: v for k, v in load_file(other / "model.safetensors").items() if ".layers.3." not in k}
+    save_file(state, other / "model.safetensors")
     for arguments, says in (
         (["combine", str(tmp_path / "x"), str(one), str(dora)], "a DoRA adapter is no sum of low rank"),
+        (["combine", str(tmp_path / "x"), str(pissa)], "moves the base's weights"),
+        (["extract", str(tmp_path / "x"), str(other)], "not models of one shape"),
         (["combine", str(tmp_path), str(one)], "exists; choose another folder"),
         (["combine", str(tmp_path / "x"), f"{one}=lots"], "lots is no number"),
         (["combine", str(tmp_path / "x"), str(tiny)], "holds no adapter"),

@@ -108,6 +108,19 @@ def test_some_of_the_layers(tiny, tmp_path, targets, rank):
     assert torch.allclose(found, load_adapter(model, folder)(IDS).logits, atol=1e-5)
 
 
+def test_settings_by_layer_name_are_not_translated(tiny, tmp_path):
+    for settings, says in (
+        ({"alpha_pattern": {"o_proj": 32}}, "differ by layer"),
+        ({"init_lora_weights": "pissa"}, "moves the base's weights"),
+    ):
+        folder = adapter(tiny, tmp_path / says[:5], 1)
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | settings))
+        (folder / "manifest.json").unlink()
+        with pytest.raises(UserError, match=says):
+            write_published(folder, tmp_path / "out", load_model(tiny, dtype="float32"))
+
+
 def test_what_has_no_exact_counterpart(tiny, tmp_path):
     folder = adapter(tiny, tmp_path / "mine", 1, targets=["q_proj", "v_proj"], use_dora=True)
     with pytest.raises(UserError, match="DoRA on some of q, k and v only"):

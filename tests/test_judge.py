@@ -76,14 +76,16 @@ def test_both_orders_are_asked(tmp_path, endpoint, capsys):
     assert told["interval"][0] < 0.7 < told["interval"][1]
     assert main([str(tmp_path / "p"), "--endpoint", endpoint, "--judge", "judge"]) == 0
     assert len(StandIn.asked) == 20  # nothing is asked again
+    assert main([str(tmp_path / "p"), "--endpoint", endpoint, "--judge", "another"]) == 0
+    assert len(StandIn.asked) == 40  # but another judge is
 
 
 def test_a_judge_that_gives_no_verdict(tmp_path, endpoint, capsys, monkeypatch):
     predicted(tmp_path / "p", [("a", "b")])
     monkeypatch.setattr(StandIn, "answer", "I like both.")
     assert main([str(tmp_path / "p"), "--endpoint", endpoint, "--judge", "judge"]) == 4
-    assert "no verdict in" in capsys.readouterr().err
-    assert list(read_rows(tmp_path / "p" / "judgements.jsonl")) == []
+    assert "no verdict on any of 1 records" in capsys.readouterr().err
+    assert [r["outcome"] for r in read_rows(tmp_path / "p" / "judgements.jsonl")] == [None]
     assert main([str(tmp_path), "--endpoint", endpoint, "--judge", "judge"]) == 2
 
 

@@ -115,6 +115,25 @@ def test_a_stopped_prediction_goes_on(run, monkeypatch):
     code, _, err = run("--prompts", "p.txt", "--temperature", "0.5")
     assert code == 2
     assert "holds predictions made otherwise (sampling" in err
+    Path("p.txt").write_text(Path("p.txt").read_text().replace("1+1", "1+2"))
+    code, _, err = run("--prompts", "p.txt", "--batch-size", "2")
+    assert code == 2
+    assert "content of what is asked" in err
+
+
+def test_a_call_as_reference_and_an_empty_prompt(tiny, run):
+    """The tool's name belongs to what is scored."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]}
+    Path("a.json").write_text(
+        json.dumps([{"messages": [{"role": "user", "content": "hi"}, call], "tools": [{"name": "weather"}]}])
+    )
+    assert run("--data", "a.json")[0] == 0
+    (row,) = rows(Path("predictions") / PREDICTIONS)
+    tokenizer = load_tokenizer(tiny)
+    answer = tokenizer.encode_answer(Message("assistant", row["reference"], "weather"))
+    assert row["answers"]["base"]["reference_tokens"] == len(answer)
+    Path("p.jsonl").write_text('{"prompt": ""}\n')
+    assert run("--prompts", "p.jsonl", "--out", "b")[0] == 0
 
 
 BAD = {
@@ -122,6 +141,7 @@ BAD = {
     "nothing in it": ("\n\n", "holds no prompt"),
     "a number": ("[1, 2]\n", "line 1: neither a text"),
     "no prompt": ('"a"\n{"question": "x"}\n', "line 2: neither a text, nor an object with prompt"),
+    "a prompt that is a number": ('{"prompt": 5}\n', "line 1: neither a text"),
     "an unknown role": ('{"messages": [{"role": "wizard", "content": "x"}]}\n', "line 1: neither a text"),
     "a reference that is no text": ('{"prompt": "x", "reference": 3}\n', "line 1: neither a text"),
 }

@@ -140,6 +140,40 @@ def test_tools_are_taken_and_calls_given(engine):
     assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"city": "北京"}
 
 
+def test_a_long_question_shortens_nobody_elses_answer(client, engine):
+    """Asked at the same time, one has room for two tokens only."""
+    long = "好" * (engine.limit - 9)
+    while len(engine.tokenizer.encode_prompt([Message("user", long)])) > engine.limit - 2:
+        long = long[:-1]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(ask, client, "base", q) for q in (long, QUESTIONS[1])]
+        cut, whole = (j.result().choices[0] for j in jobs)
+    assert cut.finish_reason in ("length", "stop")
+    assert whole.message.content == alone(engine, "base", QUESTIONS[1])
+
+
+def test_almost_no_temperature_is_greedy(client, engine):
+    found = ask(client, "one", QUESTIONS[0], temperature=1e-40)
+    assert found.choices[0].message.content == alone(engine, "one", QUESTIONS[0])
+
+
+def test_nothing_is_sent_before_the_first_line_has_ended(engine):
+    """That line may be a tool's name, which is no part of the answer."""
+    ids = engine.tokenizer.encode("get_weather\n 晴天")
+    beginnings = [engine.tokenizer.parse_beginning(ids[: n + 1]) for n in range(len(ids))]
+    assert beginnings[0].content == ""
+    assert beginnings[-1].metadata == "get_weather"
+    assert beginnings[-1].content == "晴天"
+    assert all("get" not in b.content for b in beginnings)
+
+
+def test_words_of_a_model_that_are_no_call():
+    from glmft.data.tools import arguments_of
+
+    for content in ("tool_call(x={1, 2})", "tool_call(x={[1]: 2})", "tool_call(x=1e999)", "tool_call(" + "[" * 500):
+        assert arguments_of(content) is None
+
+
 def test_a_client_that_is_gone_leaves_no_slot(server, client):
     """As after kill -9: the connection is closed in the middle of an answer."""
     host, port = server[0].removeprefix("http://").split(":")
@@ -183,6 +217,7 @@ REFUSED = {
     "1,000 stop words": ({"stop": ["x"] * 1000}, 400, "stop"),
     "tools that are none": ({"tools": [{"type": "function"}]}, 400, "expected an object with 'name'"),
     "tools that are text": ({"tools": "weather"}, 400, "tools"),
+    "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "half a character"),
     "a conversation too long": ({"messages": [{"role": "user", "content": "hello " * 3000}]}, 400, "tokens long"),
 }
 
@@ -191,7 +226,8 @@ REFUSED = {
 def test_a_request_that_cannot_be_answered(server, kind):
     change, status, says = REFUSED[kind]
     body = {"model": "base", "messages": MESSAGES} | change
-    found = httpx.post(f"{server[0]}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    sent = json.dumps(body).encode()
+    found = httpx.post(f"{server[0]}/v1/chat/completions", content=sent, headers={"Authorization": f"Bearer {KEY}"})
     assert found.status_code == status, found.text
     error = found.json()["error"]
     assert says in error["message"]
@@ -244,6 +280,8 @@ def test_another_host_needs_a_key_and_a_port_may_be_taken(tiny, folders, capsys,
     monkeypatch.delenv("GLMFT_API_KEY", raising=False)
     assert main([str(folders[0]), "--model", str(tiny), "--host", "0.0.0.0"]) == 2
     assert "needs --api-key" in capsys.readouterr().err
+    assert main([str(folders[0]), "--model", str(tiny), "--port", "70000"]) == 2
+    assert "--port 70000: must be 0 to 65535" in capsys.readouterr().err
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

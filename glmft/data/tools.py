@@ -35,9 +35,11 @@ def arguments_of(content: str) -> dict[str, Any] | None:
         node = ast.parse(code, mode="eval").body
         if not isinstance(node, ast.Call) or node.args or any(k.arg is None for k in node.keywords):
             return None
-        return {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-    except (SyntaxError, ValueError):
+        found = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+        json.dumps(found, allow_nan=False)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
+    return found
 
 
 def call_of_json(value: Any, where: str, learn: bool | None = None) -> list[Message]:

@@ -60,7 +60,8 @@ def _projections(attention: Any, x: Tensor) -> list[Tensor]:
     linears = [attention.q_proj, attention.k_proj, attention.v_proj]
     joined = getattr(attention, "joined_qkv", None)
     adapters = [a for a in (_adapter(linear, x.dtype) for linear in linears) if a is not None]
-    if joined is None or len(adapters) not in (0, 3):
+    bare = not any(isinstance(linear, LoraLayer) for linear in linears)
+    if joined is None or not (bare or len(adapters) == len(linears)):  # some have none, or one that is not plain
         return [_linear(linear, x) for linear in linears]
     out = F.linear(x, *joined)
     if adapters:

@@ -126,6 +126,11 @@ class ChatGLM3Tokenizer:
             return Message("assistant", metadata.strip())
         return Message("assistant", content.strip(), metadata=metadata.strip())
 
+    def parse_beginning(self, ids: Sequence[int]) -> Message:
+        """A reply that is still being said: nothing, until its first line, which may be a tool's name, has ended."""
+        message = self.parse_reply(ids)
+        return message if "\n" in self.decode(ids) else Message("assistant", "")
+
     def render(self, sample: Sample, color: bool = True) -> str:
         """The sample as the model sees it, every token visible; what is learned in green, or in «» without colour."""
         text = [self.token_text(i).replace("\n", "\\n") for i in sample.input_ids]

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from glmft.errors import UserError
+from glmft.models.published import tensor_differences
+
+MOVE_THE_BASE = ("pissa", "olora", "corda")
+"""Initialisations that take their start out of the base weights: with the adapter off, what is left is no base."""
 
 State = dict[str, Tensor]
 Pair = tuple[Tensor, Tensor]
@@ -26,6 +30,8 @@ def pairs_of(raw: Mapping[str, Any], state: State) -> dict[str, Pair]:
         raise UserError("a DoRA adapter is no sum of low rank; export it merged instead")
     if raw.get("rank_pattern") or raw.get("alpha_pattern"):
         raise UserError("ranks or alphas that differ by layer are not combined")
+    if str(raw.get("init_lora_weights")).startswith(MOVE_THE_BASE) or raw.get("lora_bias"):
+        raise UserError("an adapter that moves the base's weights, or has biases, is not combined; export it merged")
     rank = raw["r"]
     scaling = raw["lora_alpha"] / (math.sqrt(rank) if raw.get("use_rslora") else rank)
     end = ".lora_A.weight"
@@ -71,8 +77,15 @@ def extracted(change: Tensor, rank: int) -> tuple[Pair, dict[int, float]]:
 
 
 def changes(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
-    """(name, change in fp32, its norm beside the base's) of every tensor."""
+    """(name, change in fp32, its norm beside the base's) of every tensor.
+
+    Raises:
+        UserError: the two have other tensors.
+    """
     own = dict(base.named_parameters())
+    shapes = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (tuned, base))
+    if different := tensor_differences(*shapes):
+        raise UserError(f"not models of one shape: {different[0]}")
     for name, parameter in tuned.named_parameters():
         before = own[name].detach().float()
         change = parameter.detach().float() - before

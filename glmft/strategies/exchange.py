@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import GlmConfig
 
 from glmft.errors import UserError
+from glmft.strategies.combining import MOVE_THE_BASE
 
 PREFIX = "base_model.model."
 FUSED = "self_attention.query_key_value"
@@ -39,6 +40,18 @@ Parts = dict[tuple[str, str], State]
 def is_published(state: Mapping[str, Tensor]) -> bool:
     """Whether the names are those of the published layout."""
     return any("transformer.encoder.layers." in name for name in state)
+
+
+def _check(raw: Mapping[str, Any]) -> None:
+    """Raises:
+    UserError: settings by layer name, or a start out of the base's weights: neither is the same in other names.
+    """
+    if raw.get("rank_pattern") or raw.get("alpha_pattern"):
+        raise UserError("ranks or alphas that differ by layer are not translated to other layer names")
+    if str(raw.get("init_lora_weights")).startswith(MOVE_THE_BASE):
+        raise UserError(
+            f"init_lora_weights={raw['init_lora_weights']} moves the base's weights, by layer; not translated"
+        )
 
 
 def _parts(state: State, pattern: re.Pattern[str]) -> Parts:
@@ -62,6 +75,7 @@ def to_glm(raw: Mapping[str, Any], state: State, config: GlmConfig) -> tuple[dic
     Raises:
         UserError: a tensor has no place there (named).
     """
+    _check(raw)
     out: State = {}
     modules = set()
     for (layer, module), tensors in _parts(state, _PUBLISHED).items():
@@ -89,6 +103,7 @@ def to_published(raw: Mapping[str, Any], state: State, config: GlmConfig) -> tup
     Raises:
         UserError: DoRA on some of q, k, v only, whose other rows have no magnitudes.
     """
+    _check(raw)
     found = _parts(state, _GLM)
     rank = int(raw["r"])
     shared = all(

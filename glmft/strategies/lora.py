@@ -17,13 +17,12 @@ from glmft.models.tokenizer import ChatGLM3Tokenizer
 from glmft.schema import Positive, Rate, Share
 from glmft.strategies.adapter import save_adapter
 from glmft.strategies.base import Strategy
+from glmft.strategies.combining import MOVE_THE_BASE
 
 PRESETS = {
     "attention": ["q_proj", "k_proj", "v_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
 }
-MOVE_THE_BASE = ("pissa", "olora")
-"""Initialisations that take their start out of the base weights: with the adapter off, what is left is no base."""
 InitWeights = Literal["default", "gaussian", "pissa", "olora", "orthogonal"]
 
 

@@ -11,7 +11,8 @@ from transformers import BitsAndBytesConfig
 
 from glmft.models.published import PublishedConfig, linear_shapes
 from glmft.schema import Positive, Rate, Share
-from glmft.strategies.lora import MOVE_THE_BASE, InitWeights, LoRA
+from glmft.strategies.combining import MOVE_THE_BASE
+from glmft.strategies.lora import InitWeights, LoRA
 
 BLOCK = 64  # weights that share one scale
 

@@ -105,6 +105,32 @@ def test_the_loss_and_its_gradient_with_respect_to_logits():
 
 
 @pytest.mark.share("speed")
+@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"use_dora": True}, {"targets": "attention", "dropout": 0.3}])
+def test_what_the_compiled_layer_cannot_join_goes_its_own_way(tiny, options):
+    """Dropout and DoRA: nothing is left out, whatever lies joined."""
+    model = load_model(tiny, dtype="float32").requires_grad_(False)
+    tuned = LoRA(r=4, **options).apply(model).train()
+    torch.manual_seed(0)
+    for name, p in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    layer = model.model.layers[1]
+    hidden = torch.randn(1, 9, 192)
+    cos, sin = model.model.rotary_emb(hidden, torch.arange(9)[None])
+    bounds = torch.tensor([0, 9], dtype=torch.int32)
+    found = []
+    for join in (False, True):
+        if join:
+            join_qkv(layer)
+        torch.manual_seed(1)  # of dropout
+        kwargs = {"position_embeddings": (cos, sin), "cu_seq_lens_q": bounds, "max_length_q": 9}
+        out = packed_layer(layer, hidden, cos, sin, bounds, 9) if join else layer(hidden, **kwargs)
+        learned = [p for p in layer.parameters() if p.requires_grad]
+        found.append([out, *torch.autograd.grad(out.square().sum(), learned)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "targets", ["all", "attention", ["q_proj", "down_proj"], ["gate_up_proj", "o_proj"], ["v_proj"]]
 )
