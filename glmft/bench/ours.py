@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -43,7 +44,9 @@ class Clock(L.Callback):
             torch.cuda.set_sync_debug_mode("default")
             self.caught.__exit__(None, None, None)
             del self.caught
-            self.waits.append([f"{w.filename}:{w.lineno}" for w in self.seen if "synchronizing" in str(w.message)])
+            self.waits.append(
+                [f"{Path(w.filename).name}:{w.lineno}" for w in self.seen if "synchronizing" in str(w.message)]
+            )
         elif isinstance(pl_module, FineTuner) and pl_module.step_metrics is not None:
             self.steps.done(pl_module.step_metrics["train/loss"])
 
