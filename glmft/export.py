@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from glmft import __version__
 from glmft.artefacts import remove, verify_if_listed, write_folder
 from glmft.caches import use_cache_dir
 from glmft.errors import DamagedError, GlmftError, ResourceError, UserError
@@ -21,7 +22,26 @@ PROBE = ("你好", "Who are you?", "1+1=")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def export(source: str, target: Path, base: str | None, layout: Any, dtype: str, device: str) -> dict[str, Any]:
+CARD = """---
+base_model: {base}
+library_name: transformers
+tags: [chatglm3, glmft]
+---
+
+# {name}
+
+`{base}` with what `{source}` learned, merged by glmft {version}; layout `{layout}`, {dtype}. It loads without remote
+code.
+
+{card}
+The base model's licence applies. ChatGLM3's weights are free for research; commercial use asks for a registration
+with its publisher.
+"""
+
+
+def export(
+    source: str, target: Path, base: str | None, layout: Any, dtype: str, device: str, shard_size: str = "2GB"
+) -> dict[str, Any]:
     """Merges, writes the folder, loads it again and compares its logits with base and adapter together.
 
     Raises:
@@ -62,8 +82,14 @@ def export(source: str, target: Path, base: str | None, layout: Any, dtype: str,
         model = model.merge_and_unload(safe_merge=True)  # refuses weights that are not finite
     merged = glm(model)
 
+    own = (tuned.adapter or tuned.model or Path()) / "README.md"
+    told = f"How it was trained, as its own card says:\n\n{_body(own)}\n" if own.is_file() else ""
+    card = {"base": tuned.base, "source": source, "layout": layout, "card": told, "name": target.name}
+
     def write(part: Path) -> None:
-        save_model(merged, part, layout, tokenizer)
+        save_model(merged, part, layout, tokenizer, shard_size)
+        kept = str(merged.lm_head.weight.dtype).removeprefix("torch.")
+        (part / "README.md").write_text(CARD.format(**card, dtype=kept, version=__version__), encoding="utf-8")
 
     try:
         write_folder(target, write, facts, needed=size)
@@ -85,6 +111,13 @@ def export(source: str, target: Path, base: str | None, layout: Any, dtype: str,
         "bytes": size,
         "largest_logit_difference": difference,
     }
+
+
+def _body(card: Path) -> str:
+    """A card without its header and its paragraph on the licence."""
+    text = card.read_text(encoding="utf-8")
+    text = text.split("---\n", 2)[-1] if text.startswith("---\n") else text
+    return text.partition("The base model's licence applies.")[0].strip()
 
 
 def export_adapter(source: str, target: Path, base: str | None, layout: Any, device: str) -> dict[str, Any]:
@@ -165,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--adapter", action="store_true", help="the adapter alone, in the layer names of the layout")
     parser.add_argument("--model", help="base model: folder or hub id (default: what the adapter was trained on)")
+    parser.add_argument("--shard-size", default="2GB", help="largest weight file (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=("auto", *BYTES), help="of the written weights")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
@@ -175,7 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.adapter:
             told = export_adapter(options.source, options.target, options.model, options.layout, options.device)
         else:
-            told = export(options.source, options.target, options.model, options.layout, options.dtype, options.device)
+            given = (options.source, options.target, options.model, options.layout, options.dtype, options.device)
+            told = export(*given, shard_size=options.shard_size)
     except GlmftError as e:
         print(f"glmft: {e}", file=sys.stderr)
         return e.exit_code

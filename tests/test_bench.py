@@ -62,6 +62,7 @@ def test_a_comparison_that_does_not_hold_is_void(last, theirs, void):
     assert found["ratios"]["baseline_default"] == pytest.approx((100 + last) / 20, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_all_sides_on_the_tiny_model(tmp_path):
     """Ours learns what PEFT with the Trainer learns on the same documents, and is at least as fast."""
     command = [
@@ -101,3 +102,29 @@ def test_ceilings_on_the_tiny_model(tmp_path):
     found = json.loads(file.read_text())
     assert found["matmul"]["tokens_per_sec"] > found["frozen_base"]["tokens_per_sec"] > 0
     assert found["copy_gb_per_sec"] > 0.1
+
+
+def test_the_bench_runs_the_real_step(tmp_path):
+    """Our side alone; all sides are in the slow tests."""
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "glmft.bench",
+            "bench.size=tiny",
+            "bench.steps=4",
+            "bench.warmup=1",
+            "bench.bounds=false",
+        ),
+        *("bench.baselines=[]", "data.tokens_per_step=2048", "data.tokens_per_batch=2048", "data.documents=100"),
+        *("model.compile_layers=auto", f"bench.out={tmp_path}", "trainer.accelerator=cpu"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    part = result["parts"]["ours"]
+    data = GeneratedData("alpaca_zh", 100, "tiny", tokens_per_batch=2048, tokens_per_step=2048, seed=42)
+    assert result["documents_sha256"] == data.documents.sha256
+    assert part["tokens"] == [int(data.documents.lengths[step].sum()) for step in data.steps(4)]
+    assert len(part["losses"]) == len(part["seconds"]) == 4
+    assert part["settings"]["padding_share"] == pytest.approx(1 - sum(part["tokens"]) / (4 * 2048), abs=1e-3)

@@ -37,8 +37,21 @@ def test_merged_is_base_and_adapter_together(tiny, tuned, tmp_path, capsys, layo
     merged = load_model(tmp_path / "out", dtype="float32").eval()(IDS).logits
     assert (together - merged).abs().max() < 1e-5 * together.abs().max() + 1e-5
     assert verify(tmp_path / "out")["layout"] == layout
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "commercial use asks for a registration" in card
+    assert f"layout `{layout}`, float32" in card
 
 
+def test_small_shards_and_a_base_without_any_run(tiny, tmp_path):
+    """The converter alone; of a base nothing changes."""
+    options = ["--dtype", "float32", "--device", "cpu", "--shard-size", "2MB"]
+    assert main([str(tiny), str(tmp_path / "out"), *options]) == 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    before, after = load_model(tiny, dtype="float32"), load_model(tmp_path / "out", dtype="float32")
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("tuned", [{}], ids=["lora"], indirect=True)
 def test_plain_transformers_reads_it(tiny, tuned, tmp_path):
     """In a process that never imports glmft."""
     options = ["--model", str(tiny), "--dtype", "float32", "--device", "cpu"]
