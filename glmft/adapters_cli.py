@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glmft.artefacts import write_folder
+from glmft import console
+from glmft.artefacts import check_absent, write_folder
 from glmft.caches import use_cache_dir
-from glmft.errors import GlmftError, UserError
+from glmft.errors import UserError
 from glmft.quiet import quiet_libraries
-
-PREFIX = "base_model.model."
 
 
 def combine(sources: Sequence[str], target: Path, base: str | None, rank: int | None) -> dict[str, Any]:
@@ -25,20 +24,18 @@ def combine(sources: Sequence[str], target: Path, base: str | None, rank: int | 
     Raises:
         UserError: there are no adapters, they are of several bases, or cannot be summed.
     """
-    from glmft.engine import find_tuned
+    from glmft.engine import find_tuned, one_base
     from glmft.models.loading import load_model
     from glmft.strategies.adapter import read_adapter, write_adapter
     from glmft.strategies.combining import as_state, pairs_of, truncated, weighted_sum
 
-    new_folder(target)
+    check_absent(target)
     named = [weighted(source) for source in sources]
     tuned = [find_tuned(name, base) for name, _ in named]
     if without := [name for (name, _), t in zip(named, tuned, strict=True) if t.adapter is None]:
         raise UserError(f"{without[0]}: holds no adapter")
-    bases = {t.base for t in tuned}
-    if len(bases) != 1:
-        raise UserError(f"adapters of several base models: {', '.join(sorted(bases))}; give --model")
-    model = load_model(bases.pop())
+    original = one_base(tuned)
+    model = load_model(original)
     read = [read_adapter(t.adapter, model) for t in tuned if t.adapter is not None]
     pairs = weighted_sum([pairs_of(raw, state) for raw, state in read], [weight for _, weight in named])
     lost = 0.0
@@ -49,7 +46,7 @@ def combine(sources: Sequence[str], target: Path, base: str | None, rank: int | 
     whole, state = as_state(pairs)
     facts = {"base": model.base_fingerprint, "sources": list(sources)}
     told = f"# Adapter\n\nWeighted sum of {', '.join(sources)}.\n"
-    write_folder(target, lambda part: write_adapter(part, state, whole, str(tuned[0].base), told), facts)
+    write_folder(target, lambda part: write_adapter(part, state, whole, original, told), facts)
     return {"rank": whole, "largest relative error": lost}
 
 
@@ -63,9 +60,10 @@ def extract(source: str, target: Path, base: str | None, rank: int) -> dict[str,
     from glmft.models.loading import load_model
     from glmft.strategies.adapter import write_adapter
     from glmft.strategies.combining import as_state, changes, extracted
+    from glmft.strategies.exchange import PREFIX
     from glmft.strategies.lora import PRESETS
 
-    new_folder(target)
+    check_absent(target)
     tuned = find_tuned(source, base)
     folder, original = (tuned.model, tuned.base) if tuned.model else (source, base)
     if original is None or tuned.adapter is not None:
@@ -84,7 +82,7 @@ def extract(source: str, target: Path, base: str | None, rank: int) -> dict[str,
     whole, state = as_state(pairs)
     facts = {"base": before.base_fingerprint, "sources": [source]}
     told = f"# Adapter\n\nRank {rank} of what full fine-tuning changed ({source}).\n"
-    write_folder(target, lambda part: write_adapter(part, state, whole, str(original), told), facts)
+    write_folder(target, lambda part: write_adapter(part, state, whole, original, told), facts)
     ranks = sorted({r for e in errors.values() for r in e})
     mean = {r: sum(e.get(r, 0.0) for e in errors.values()) / len(errors) for r in ranks}
     return {"rank": whole, "mean relative error by rank": mean, "not in the adapter": others}
@@ -105,14 +103,6 @@ def weighted(source: str) -> tuple[str, float]:
         raise UserError(f"{source}: {weight} is no number; SOURCE or SOURCE=WEIGHT") from None
 
 
-def new_folder(target: Path) -> None:
-    """Raises:
-    UserError: it exists.
-    """
-    if target.exists():
-        raise UserError(f"{target}: exists; choose another folder")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or that of the error."""
     parser = argparse.ArgumentParser(prog="glmft adapters", description=__doc__)
@@ -125,24 +115,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     two.add_argument("target", type=Path)
     two.add_argument("source", help="a full run, or a model folder (then --model is its base)")
     two.add_argument("--rank", type=int, default=16)
-    for command in (one, two):
-        command.add_argument("--model", help="base model: folder or hub id")
+    for each in (one, two):
+        each.add_argument("--model", help="base model: folder or hub id")
     options = parser.parse_args(arguments)
     use_cache_dir()
     quiet_libraries()
-    try:
+
+    def command() -> None:
         if options.rank is not None and options.rank < 1:
             raise UserError(f"--rank {options.rank}: must be 1 or more")
         if options.command == "combine":
-            told = combine(options.sources, options.target, options.model, options.rank)
+            tell(options.target, combine(options.sources, options.target, options.model, options.rank))
         else:
-            told = extract(options.source, options.target, options.model, options.rank)
-    except GlmftError as e:
-        print(f"glmft: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        return 130
-    print(f"{options.target}: rank {told['rank']}")
+            tell(options.target, extract(options.source, options.target, options.model, options.rank))
+
+    return console.run(command)
+
+
+def tell(target: Path, told: dict[str, Any]) -> None:
+    """What was written, and what of the change is not in it."""
+    print(f"{target}: rank {told['rank']}")
     for rank, error in told.get("mean relative error by rank", {}).items():
         print(f"  rank {rank}: {error:.1%} of the change is missing, on average over the layers")
     if told.get("largest relative error"):
@@ -150,7 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if others := told.get("not in the adapter"):
         most = max(others, key=lambda n: others[n])
         print(f"  {len(others)} other tensors changed and are not in it; {most} most, by {others[most]:.2%}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from glmft.errors import DamagedError, ResourceError
+from glmft.errors import DamagedError, ResourceError, UserError
 from glmft.files import write_json
 
 MANIFEST = "manifest.json"
@@ -25,6 +25,14 @@ PART, OLD = ".part", ".old"
 
 class SaveFailed(ResourceError):
     """A folder could not be written; what stood in its place before still does."""
+
+
+def check_absent(folder: Path) -> None:
+    """Raises:
+    UserError: the folder exists; what is there is never replaced unasked.
+    """
+    if folder.exists():
+        raise UserError(f"{folder}: exists; choose another folder")
 
 
 def write_folder(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmft import console
 from glmft.caches import use_cache_dir
-from glmft.errors import GlmftError, ResourceError, UserError
+from glmft.errors import ResourceError, UserError
 from glmft.files import write_json
 from glmft.quiet import quiet_libraries
 from glmft.tables import as_text
@@ -86,29 +86,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chat", action="store_true", help="ask in ChatGLM3's chat layout")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
-    parser.add_argument("--model", help="base model: folder or hub id (default: what the adapter was trained on)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="auto")
+    console.add_weights(parser)
     given = parser.parse_args(arguments)
     use_cache_dir()
     quiet_libraries()
-    try:
+
+    def command() -> None:
         if importlib.util.find_spec("lm_eval") is None:
             raise ResourceError("glmft eval needs lm-eval: pip install 'glmft[benchmarks]'")
-        from glmft.engine import Engine, find_tuned
-
-        engine = Engine([find_tuned(s, given.model) for s in given.sources], given.dtype, given.device)
+        engine = console.open_engine(given)
         options = {"num_fewshot": given.num_fewshot, "limit": given.limit, "batch_size": given.batch_size}
         found = evaluate(engine, given.tasks, given.include, apply_chat_template=given.chat, **options)
-    except GlmftError as e:
-        print(f"glmft: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        return 130
-    if given.out:
-        write_json(given.out, {"results": found, "options": json.loads(json.dumps(vars(given), default=str))})
-    print(as_text(table(found)))
-    return 0
+        if given.out:
+            write_json(given.out, {"results": found, "options": vars(given)})
+        print(as_text(table(found)))
+
+    return console.run(command)
 
 
 if __name__ == "__main__":

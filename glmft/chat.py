@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmft import console
 from glmft.caches import use_cache_dir
 from glmft.errors import GlmftError, UserError
 from glmft.files import write_json
@@ -205,10 +206,8 @@ def talk(chat: Chat) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or that of the error."""
     parser = argparse.ArgumentParser(prog="glmft chat", description=__doc__)
-    parser.add_argument("source", nargs="+", help="runs (folder or name), adapter folders, or a model")
-    parser.add_argument("--model", help="base model: folder or hub id (default: what the adapter was trained on)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: the GPU where there is one)")
+    parser.add_argument("sources", nargs="+", help="runs (folder or name), adapter folders, or a model")
+    console.add_weights(parser)
     parser.add_argument("--system", default="", help="system message")
     parser.add_argument("--prompt", help="ask this and leave; - reads it from stdin")
     parser.add_argument("--json", action="store_true", help="with --prompt: answers as JSON")
@@ -220,32 +219,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int)
     options = parser.parse_args(arguments)
     use_cache_dir()
-    try:
+
+    def command() -> None:
         chat = opened(options)
         if options.prompt is None:
             talk(chat)
-            return 0
-        question = (sys.stdin.read() if options.prompt == "-" else options.prompt).strip()
-        if not question:
-            raise UserError("--prompt: there is nothing to ask")
-        replies = chat.ask(question)
-    except GlmftError as e:
-        print(f"glmft: {e}", file=sys.stderr)
-        return e.exit_code
+            return
+        replies = chat.ask(question_of(options.prompt))
+        if options.json:
+            told = [
+                {"voice": r.voice, "answer": r.message.content, "tool": r.message.metadata, "stopped": r.stopped}
+                for r in replies
+            ]
+            print(json.dumps(told, ensure_ascii=False, indent=2))
+        else:
+            print("\n\n".join(f"{r.voice}: {shown(r)}" for r in replies))
+
+    return console.run(command)
+
+
+def question_of(prompt: str) -> str:
+    """--prompt, or what stdin says where it is `-`.
+
+    Raises:
+        UserError: there is none, or it is not UTF-8.
+    """
+    try:
+        question = (sys.stdin.read() if prompt == "-" else prompt).strip()
     except UnicodeDecodeError as e:
-        print(f"glmft: --prompt -: not UTF-8 (byte {e.start})", file=sys.stderr)
-        return UserError.exit_code
-    except KeyboardInterrupt:
-        return 130
-    if options.json:
-        told = [
-            {"voice": r.voice, "answer": r.message.content, "tool": r.message.metadata, "stopped": r.stopped}
-            for r in replies
-        ]
-        print(json.dumps(told, ensure_ascii=False, indent=2))
-    else:
-        print("\n\n".join(f"{r.voice}: {shown(r)}" for r in replies))
-    return 0
+        raise UserError(f"--prompt -: not UTF-8 (byte {e.start})") from None
+    if not question:
+        raise UserError("--prompt: there is nothing to ask")
+    return question
 
 
 def opened(options: argparse.Namespace) -> Chat:
@@ -255,7 +260,7 @@ def opened(options: argparse.Namespace) -> Chat:
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
     sampling = Sampling(**{n: getattr(options, n) for n in names})
-    tuned = [find_tuned(s, options.model) for s in options.source]
+    tuned = [find_tuned(s, options.model) for s in options.sources]
     if any(t.model for t in tuned):
         print("glmft: a fully tuned model: two models are loaded", file=sys.stderr)
     return Chat(Engine(tuned, options.dtype, options.device), sampling, options.system)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
+from glmft import console
 from glmft.caches import use_cache_dir
 from glmft.data import bench, tokens
 from glmft.data.corpus import registered_records
@@ -27,7 +28,7 @@ from glmft.data.registry import REGISTRY, DatasetEntry, describe, direct_file, f
 from glmft.data.report import lines, report
 from glmft.data.tally import source
 from glmft.data.writing import WRITERS
-from glmft.errors import GlmftError, ProblemList, UserError
+from glmft.errors import ProblemList, UserError
 from glmft.files import write_json
 from glmft.messages import Conversation
 from glmft.models.hub import PACKAGED, find_local
@@ -335,17 +336,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no text
     if hasattr(options, "fill"):
         options.fill = dict(options.fill)
-    try:
-        return int(options.run(options))
-    except GlmftError as e:
-        print(f"glmft: {e}", file=sys.stderr)
-        return e.exit_code
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as e:
-        print(f"glmft: {e.filename or options.command}: {e.strerror}", file=sys.stderr)
-        return UserError.exit_code
+
+    def command() -> int:
+        try:
+            return int(options.run(options))
+        except OSError as e:
+            if isinstance(e, BrokenPipeError):
+                raise
+            raise UserError(f"{e.filename or options.command}: {e.strerror}") from None
+
+    return console.run(command)
 
 
 if __name__ == "__main__":

@@ -61,15 +61,40 @@ def find_tuned(source: str, base: str | None = None) -> Tuned:
     if adapter.is_dir():
         return Tuned(folder.name, base or _base_of(adapter), adapter)
     if model.is_dir():
-        return Tuned(folder.name, base or _model_of(folder / ".hydra" / "config.yaml"), model=model)
+        return Tuned(folder.name, base or _model_of(folder), model=model)
     raise UserError(f"{folder}: this run left no adapter/ or model/ yet; the same command finishes it")
 
 
-def _model_of(config: Path) -> str:
+def asked_of_run(run: Path) -> dict[str, Any]:
+    """The configuration that a run was made with, as plain values: nothing in it is resolved or made an object.
+
+    Raises:
+        DamagedError: it is missing or broken.
+    """
+    file = run / ".hydra" / "config.yaml"
     try:
-        return str(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["path"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as e:
-        raise DamagedError(f"{config}: does not name the run's model ({type(e).__name__}); --model") from None
+        return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
+        raise DamagedError(f"{file}: cannot be read ({type(e).__name__}); --model") from None
+
+
+def _model_of(run: Path) -> str:
+    try:
+        return str(asked_of_run(run)["model"]["path"])
+    except (KeyError, TypeError) as e:
+        raise DamagedError(f"{run}: its configuration names no model ({type(e).__name__}); --model") from None
+
+
+def one_base(tuned: Sequence[Tuned]) -> str:
+    """The base that all share.
+
+    Raises:
+        UserError: there are several.
+    """
+    bases = {t.base for t in tuned}
+    if len(bases) != 1:
+        raise UserError(f"adapters of several base models: {', '.join(sorted(bases))}; give --model")
+    return bases.pop()
 
 
 def _base_of(adapter: Path) -> str:
@@ -115,11 +140,13 @@ class Reply:
 
 
 def checked_device(name: str) -> str:
-    """The device, if it can be used.
+    """The device, if it can be used; "auto" is the GPU where there is one.
 
     Raises:
         UserError: an unknown name, or a GPU that is not there.
     """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as e:
@@ -148,12 +175,9 @@ class Engine:
     """
 
     def __init__(self, tuned: Sequence[Tuned], dtype: str = "auto", device: str = "auto") -> None:
-        bases = {t.base for t in tuned}
-        if len(bases) != 1:
-            raise UserError(f"adapters of several base models: {', '.join(sorted(bases))}; give --model")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        base = load_model(bases.pop(), dtype=dtype, device=checked_device(device)).eval()
+        device = checked_device(device)
+        base = load_model(one_base(tuned), dtype=dtype, device=device).eval()
+        self.base_fingerprint = str(base.base_fingerprint)
         self.tokenizer = load_tokenizer(base.source_folder)
         self.voices: dict[str, tuple[Any, str | None]] = {BASE: (base, None)}
         model: Any = base

@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glmft import __version__
-from glmft.artefacts import remove, verify_if_listed, write_folder
+from glmft import __version__, console
+from glmft.artefacts import check_absent, remove, verify_if_listed, write_folder
 from glmft.caches import use_cache_dir
-from glmft.errors import DamagedError, GlmftError, ResourceError, UserError
+from glmft.errors import DamagedError, UserError
 from glmft.files import read_json
 from glmft.quiet import quiet_libraries
 
 PROBE = ("你好", "Who are you?", "1+1=")
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 CARD = """---
 base_model: {base}
@@ -34,9 +32,53 @@ tags: [chatglm3, glmft]
 code.
 
 {card}
-The base model's licence applies. ChatGLM3's weights are free for research; commercial use asks for a registration
-with its publisher.
-"""
+{licence}"""
+
+
+class Probe:
+    """Logits of fixed prompts, to compare what is written with what it was made of.
+
+    Args:
+        tokenizer: of the model.
+        device: where the models are.
+    """
+
+    def __init__(self, tokenizer: Any, device: str) -> None:
+        import torch
+
+        asked = ([{"role": "user", "content": prompt}] for prompt in PROBE)
+        self.prompts = [torch.tensor([tokenizer.encode_prompt(messages)], device=device) for messages in asked]
+
+    def logits(self, model: Any) -> list[Any]:
+        """Of every prompt, [1, T, V] in fp32."""
+        import torch
+
+        with torch.inference_mode():
+            return [model(input_ids=ids).logits.float() for ids in self.prompts]
+
+
+def write_compared(
+    target: Path, write: Any, facts: dict[str, Any], again: Any, wanted: list[Any], tolerance: float, needed: int = 0
+) -> float:
+    """Writes the folder and compares the logits of what is loaded `again` from it; the largest difference.
+
+    Raises:
+        ResourceError: not enough disk.
+        DamagedError: they differ by more than `tolerance` of the largest logit. What was not compared, or failed, does
+            not stay; Ctrl-C neither.
+    """
+    try:
+        write_folder(target, write, facts, needed=needed)
+        found = again()
+        difference = max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
+        allowed = tolerance * max(float(w.abs().max()) for w in wanted)
+        if not difference <= allowed:
+            says = f"{target}: logits differ by {difference:.3g}, at most {allowed:.3g} was expected; removed"
+            raise DamagedError(says)
+    except BaseException:
+        remove(target)
+        raise
+    return difference
 
 
 def export(
@@ -49,61 +91,50 @@ def export(
         ResourceError: not enough disk.
         DamagedError: the folder does not answer as base and adapter do; it is removed.
     """
-    import torch
-
     from glmft.engine import checked_device, find_tuned
     from glmft.models.loading import glm, load_model
-    from glmft.models.saving import save_model
+    from glmft.models.saving import LICENCE, save_model
     from glmft.models.tokenizer import load_tokenizer
     from glmft.strategies.adapter import load_adapter
 
-    if target.exists():
-        raise UserError(f"{target}: exists; choose another folder")
+    check_absent(target)
     tuned = find_tuned(source, base)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    checked_device(device)
+    device = checked_device(device)
     if tuned.model is not None:
         verify_if_listed(tuned.model)
     model: Any = load_model(tuned.model or tuned.base, dtype=dtype, device=device).eval()
     tokenizer = load_tokenizer(model.source_folder)
     facts = {"base": model.base_fingerprint, "source": source, "layout": layout}
     size = sum(math.prod(p.shape) for p in model.parameters()) * model.lm_head.weight.element_size()
-    prompts = [torch.tensor([tokenizer.encode_prompt([{"role": "user", "content": p}])], device=device) for p in PROBE]
-
-    def logits(of: Any) -> list[torch.Tensor]:
-        with torch.inference_mode():
-            return [of(input_ids=ids).logits.float() for ids in prompts]
-
+    probe = Probe(tokenizer, device)
     if tuned.adapter is not None:
         model = load_adapter(model, tuned.adapter)
-    wanted = logits(model)
+    wanted = probe.logits(model)
     if tuned.adapter is not None:
         model = model.merge_and_unload(safe_merge=True)  # refuses weights that are not finite
     merged = glm(model)
-
+    kept = str(merged.lm_head.weight.dtype).removeprefix("torch.")
     own = (tuned.adapter or tuned.model or Path()) / "README.md"
-    told = f"How it was trained, as its own card says:\n\n{_body(own)}\n" if own.is_file() else ""
-    card = {"base": tuned.base, "source": source, "layout": layout, "card": told, "name": target.name}
+    told = f"How it was trained, as its own card says:\n\n{_body(own, LICENCE)}\n" if own.is_file() else ""
+    card = CARD.format(
+        **{"base": tuned.base, "source": source, "layout": layout, "card": told, "name": target.name, "dtype": kept},
+        version=__version__,
+        licence=LICENCE,
+    )
 
     def write(part: Path) -> None:
         save_model(merged, part, layout, tokenizer, shard_size)
-        kept = str(merged.lm_head.weight.dtype).removeprefix("torch.")
-        (part / "README.md").write_text(CARD.format(**card, dtype=kept, version=__version__), encoding="utf-8")
+        (part / "README.md").write_text(card, encoding="utf-8")
 
-    try:
-        write_folder(target, write, facts, needed=size)
-        kept = str(merged.lm_head.weight.dtype).removeprefix("torch.")
-        found = logits(load_model(target, dtype=kept, device=device).eval())
-    except BaseException:  # also Ctrl-C: what was not compared does not stay
-        remove(target)
-        raise
-    difference = max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
-    scale = max(float(w.abs().max()) for w in wanted)
-    allowed = scale * (1e-4 if kept == "float32" else 0.05)  # merging rounds the sum to the weights' dtype
-    if not difference <= allowed:
-        remove(target)
-        raise DamagedError(f"{target}: logits differ by {difference:.3g}, at most {allowed:.3g} was expected; removed")
+    difference = write_compared(
+        target,
+        write,
+        facts,
+        lambda: probe.logits(load_model(target, dtype=kept, device=device).eval()),
+        wanted,
+        tolerance=1e-4 if kept == "float32" else 0.05,  # merging rounds the sum to the weights' dtype
+        needed=size,
+    )
     return {
         "folder": str(target),
         "layout": layout,
@@ -113,11 +144,11 @@ def export(
     }
 
 
-def _body(card: Path) -> str:
+def _body(card: Path, licence: str) -> str:
     """A card without its header and its paragraph on the licence."""
     text = card.read_text(encoding="utf-8")
     text = text.split("---\n", 2)[-1] if text.startswith("---\n") else text
-    return text.partition("The base model's licence applies.")[0].strip()
+    return text.partition(licence)[0].strip()
 
 
 def export_adapter(source: str, target: Path, base: str | None, layout: Any, device: str) -> dict[str, Any]:
@@ -127,47 +158,33 @@ def export_adapter(source: str, target: Path, base: str | None, layout: Any, dev
         UserError: there is no adapter, it has no exact counterpart in those names, or the target exists.
         DamagedError: the folder does not answer as the source does; it is removed.
     """
-    import torch
-
     from glmft.engine import checked_device, find_tuned
     from glmft.models.loading import load_model
     from glmft.models.tokenizer import load_tokenizer
     from glmft.strategies.adapter import load_adapter, save_adapter, write_published
 
-    if target.exists():
-        raise UserError(f"{target}: exists; choose another folder")
+    check_absent(target)
     tuned = find_tuned(source, base)
     if tuned.adapter is None:
         raise UserError(f"{source}: holds no adapter; leave out --adapter")
     adapter = tuned.adapter
-    checked_device(device := ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    device = checked_device(device)
 
-    def logits(folder: Path) -> tuple[Any, list[torch.Tensor]]:
-        model = load_adapter(load_model(tuned.base, dtype="float32", device=device).eval(), folder)
-        tokenizer = load_tokenizer(model.get_base_model().source_folder)
-        prompts = [tokenizer.encode_prompt([{"role": "user", "content": p}]) for p in PROBE]
-        with torch.inference_mode():
-            return model, [model(input_ids=torch.tensor([p], device=device)).logits for p in prompts]
+    def loaded(folder: Path) -> Any:
+        return load_adapter(load_model(tuned.base, dtype="float32", device=device).eval(), folder)
 
-    model, wanted = logits(adapter)
+    model = loaded(adapter)
     plain = model.get_base_model()
+    probe = Probe(load_tokenizer(plain.source_folder), device)
     card = (adapter / "README.md").read_text(encoding="utf-8") if (adapter / "README.md").is_file() else ""
 
     def write(part: Path) -> None:
         write_published(adapter, part, plain) if layout == "chatglm" else save_adapter(model, part, card)
 
     facts = {"base": plain.base_fingerprint, "source": source, "layout": layout}
-    try:
-        write_folder(target, write, facts)
-        _, found = logits(target)
-    except BaseException:
-        remove(target)
-        raise
-    difference = max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
-    allowed = 1e-5 * max(float(w.abs().max()) for w in wanted)
-    if not difference <= allowed:
-        remove(target)
-        raise DamagedError(f"{target}: logits differ by {difference:.3g}, at most {allowed:.3g} was expected; removed")
+    difference = write_compared(
+        target, write, facts, lambda: probe.logits(loaded(target)), probe.logits(model), tolerance=1e-5
+    )
     told = {"folder": str(target), "layout": layout, "dtype": "adapter", "largest_logit_difference": difference}
     return told | {"bytes": sum(f.stat().st_size for f in target.iterdir())}
 
@@ -197,32 +214,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="glm_hf loads in plain transformers and vLLM, chatglm has the published names (default: %(default)s)",
     )
     parser.add_argument("--adapter", action="store_true", help="the adapter alone, in the layer names of the layout")
-    parser.add_argument("--model", help="base model: folder or hub id (default: what the adapter was trained on)")
+    console.add_weights(parser)
     parser.add_argument("--shard-size", default="2GB", help="largest weight file (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", *BYTES), help="of the written weights")
-    parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
     use_cache_dir()
     quiet_libraries()
-    began = time.monotonic()
-    try:
-        if options.adapter:
-            told = export_adapter(options.source, options.target, options.model, options.layout, options.device)
-        else:
-            given = (options.source, options.target, options.model, options.layout, options.dtype, options.device)
-            told = export(*given, shard_size=options.shard_size)
-    except GlmftError as e:
-        print(f"glmft: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except (MemoryError, RuntimeError, ValueError) as e:  # torch: out of memory; PEFT: a merge that is not finite
-        print(f"glmft: {str(e).splitlines()[0] if str(e) else 'not enough memory'}", file=sys.stderr)
-        return ResourceError.exit_code
-    what = f"{told['bytes'] / 1e9:.3f} GB, {told['layout']}, {told['dtype']}, in {time.monotonic() - began:.1f} s"
-    print(f"{told['folder']}: {what}; loaded again, logits differ by {told['largest_logit_difference']:.2g} at most")
-    print(f"elsewhere: {serving(told, options.model or 'BASE')}")
-    return 0
+
+    def command() -> None:
+        began = time.monotonic()
+        with console.out_of_memory(ValueError):  # PEFT: a merge that is not finite
+            if options.adapter:
+                told = export_adapter(options.source, options.target, options.model, options.layout, options.device)
+            else:
+                given = (options.source, options.target, options.model, options.layout, options.dtype, options.device)
+                told = export(*given, shard_size=options.shard_size)
+        what = f"{told['bytes'] / 1e9:.3f} GB, {told['layout']}, {told['dtype']}, in {time.monotonic() - began:.1f} s"
+        print(
+            f"{told['folder']}: {what}; loaded again, logits differ by {told['largest_logit_difference']:.2g} at most"
+        )
+        print(f"elsewhere: {serving(told, options.model or 'BASE')}")
+
+    return console.run(command)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from glmft.errors import GlmftError, ResourceError, UserError
+from glmft import console
+from glmft.errors import ResourceError, UserError
 from glmft.files import append_jsonl, read_rows, write_json
-from glmft.scores import bootstrap
+from glmft.scores import PREDICTIONS, bootstrap
 
-PREDICTIONS, JUDGEMENTS, RESULT = "predictions.jsonl", "judgements.jsonl", "judged.json"
+JUDGEMENTS, RESULT = "judgements.jsonl", "judged.json"
 PROMPT = """\
 You compare two answers to the same request. Judge how correct, helpful and clear each is; neither length nor the order
 in which they stand counts. End with one line: VERDICT: A, VERDICT: B or VERDICT: TIE.
@@ -60,6 +61,11 @@ def outcome(first: str, second: str) -> float:
     return forward if forward == backward else 0.5
 
 
+def _pair(row: dict[str, Any], voice: str) -> list[str]:
+    """The base's answer and the voice's."""
+    return [row["answers"][name]["text"] for name in (next(iter(row["answers"])), voice)]
+
+
 class Judge:
     """A model behind an OpenAI-compatible address.
 
@@ -77,7 +83,7 @@ class Judge:
 
     def compare(self, row: dict[str, Any], voice: str) -> dict[str, Any]:
         """Both orders of one record: {"key", "voice", "verdicts", "outcome"}; no outcome where there was no verdict."""
-        answers = [row["answers"][name]["text"] for name in (next(iter(row["answers"])), voice)]
+        answers = _pair(row, voice)
         judged: dict[str, Any] = {"key": self.key(row, voice), "id": row["id"], "voice": voice}
         try:
             said = [self.ask(row, *pair) for pair in (answers, answers[::-1])]
@@ -87,8 +93,7 @@ class Judge:
 
     def key(self, row: dict[str, Any], voice: str) -> str:
         """Of this judge, this request and these answers."""
-        answers = [row["answers"][name]["text"] for name in (next(iter(row["answers"])), voice)]
-        what = [self.model, str(self.client.base_url), row["id"], row["messages"], row["reference"], *answers]
+        what = [self.model, str(self.client.base_url), row["id"], row["messages"], row["reference"], *_pair(row, voice)]
         return hashlib.sha256(json.dumps([*what, voice], ensure_ascii=False).encode()).hexdigest()[:16]
 
     def ask(self, row: dict[str, Any], a: str, b: str) -> str:
@@ -153,23 +158,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--judge", required=True, help="the model's name there")
     parser.add_argument("--parallel", type=int, default=4, help="requests at a time")
     options = parser.parse_args(arguments)
-    try:
+
+    def command() -> None:
         if importlib.util.find_spec("openai") is None:
             raise ResourceError("glmft judge needs the openai package: pip install 'glmft[eval]'")
         if options.parallel < 1:
             raise UserError("--parallel must be 1 or more")
         key = os.environ.get("GLMFT_JUDGE_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
         result = run(options.folder, Judge(options.endpoint, options.judge, key), options.parallel)
-    except GlmftError as e:
-        print(f"glmft: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        return 130
-    for voice, told in result["win_rate"].items():
-        low, high = told["interval"]
-        counts = f"won {told['won']}, even {told['even']}, lost {told['lost']}, undecided {told['undecided']}"
-        print(f"{voice} against the base: {told['mean']:.1%} [{low:.1%}, {high:.1%}]; {counts}")
-    return 0
+        for voice, told in result["win_rate"].items():
+            low, high = told["interval"]
+            counts = f"won {told['won']}, even {told['even']}, lost {told['lost']}, undecided {told['undecided']}"
+            print(f"{voice} against the base: {told['mean']:.1%} [{low:.1%}, {high:.1%}]; {counts}")
+
+    return console.run(command)
 
 
 if __name__ == "__main__":

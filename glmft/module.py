@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from glmft.checkpoints import recount
 from glmft.data.collate import Batch
-from glmft.data.datamodule import InstructionData
+from glmft.data.datamodule import total_steps
 from glmft.errors import DamagedError, ProblemList
 from glmft.guards import Spikes, TrainingStopped
 from glmft.kernels import compiling
@@ -30,19 +30,6 @@ from glmft.schema import Budget, Count, DtypeName, Name
 from glmft.strategies.base import Strategy
 
 NAMED = 20  # records of a step that a message names
-
-
-def total_steps(trainer: L.Trainer) -> int:
-    """Optimizer steps of the whole run, from the data's plan.
-
-    Lightning's `estimated_stepping_batches` would start the loader before a checkpoint is restored, at position 0.
-    """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    assert isinstance(data, InstructionData)
-    limits = [trainer.max_steps] if trainer.max_steps != -1 else []
-    if trainer.max_epochs not in (None, -1):
-        limits.append(trainer.max_epochs * data.steps_per_epoch(trainer.world_size))
-    return min(limits)
 
 
 class FineTuner(L.LightningModule):

@@ -19,6 +19,7 @@ import numpy as np
 
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _TOKEN = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")
+PREDICTIONS = "predictions.jsonl"  # what `glmft predict` writes, and what is scored and judged
 NEEDED = ("sacrebleu", "rouge_chinese", "jieba", "nltk")
 Pairs = Sequence[tuple[str, str]]
 """(answer, reference)."""

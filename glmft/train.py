@@ -5,10 +5,8 @@ The only place that sees `cfg`. Checks that need no torch come first: a refusal 
 
 from __future__ import annotations
 
-import errno
 import math
 import os
-import re
 import sys
 import traceback
 from contextlib import nullcontext, suppress
@@ -22,7 +20,7 @@ from glmft.artefacts import read_manifest, remove_leftovers
 from glmft.data.corpus import CorpusSpec, prepare
 from glmft.data.packing import Schedule
 from glmft.data.registry import direct_file, find_datasets
-from glmft.errors import DamagedError, ProblemList, ResourceError, UserError
+from glmft.errors import DamagedError, ProblemList, UserError
 from glmft.files import read_json
 from glmft.locks import RankGuard, RunLock
 from glmft.models import hub, published
@@ -38,10 +36,6 @@ TOPS = (
     *("run", "resume", "seed", "metric", "paths"),
 )
 FACTS = {"base": "base model", "data": "training records"}  # that a checkpoint belongs to
-LESS_MEMORY = (
-    "less memory, cheapest first: data.tokens_per_batch=2048, model.gradient_checkpointing=true, strategy=qlora, "
-    "optimizer=adamw_8bit (full)"
-)
 
 
 def main(cfg: DictConfig) -> float | None:
@@ -201,6 +195,7 @@ def train(cfg: DictConfig, run: Run, checkpoint: Path | None, facts: dict[str, s
     from glmft.callbacks import find_callback
     from glmft.callbacks.record import RunRecord
     from glmft.callbacks.stop import GracefulStop
+    from glmft.failures import as_failure
     from glmft.loggers import WandB
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -246,30 +241,6 @@ def train(cfg: DictConfig, run: Run, checkpoint: Path | None, facts: dict[str, s
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
                 logger.finish(failed=failed is not None)
-
-
-def as_failure(e: BaseException, trainer: L.Trainer) -> BaseException:
-    """What a failure means to the user. Lightning turns Ctrl-C into exit(1)."""
-    import torch
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ResourceError(f"the disk is full ({e.filename or e}); free some space, and run the same command again")
-    if isinstance(e, OSError) and e.filename:
-        return ResourceError(f"{e.filename}: {e.strerror}; the run cannot be written any more")
-    if isinstance(e, RuntimeError) and "DataLoader worker" in str(e):
-        return ResourceError(
-            f"a loader process ended ({str(e).splitlines()[0]}): out of memory? data.num_workers=0 needs none"
-        )
-    if isinstance(e, MisconfigurationException):
-        return UserError(f"trainer: {e}")
-    if isinstance(e, torch.OutOfMemoryError):
-        return ResourceError(f"out of memory: {str(e).splitlines()[0]}\n{LESS_MEMORY}")
-    if trainer.world_size > 1 and isinstance(e, RuntimeError) and re.search("peer|[Gg]loo|NCCL", str(e)):
-        return ResourceError(f"another process of this run ended or hangs: {str(e).splitlines()[0]}")
-    if isinstance(e, SystemExit) and trainer.interrupted and e.code == 1:
-        return KeyboardInterrupt()
-    return e
 
 
 def build(cfg: DictConfig, stop: Any) -> tuple[L.Trainer, Any, Any]:

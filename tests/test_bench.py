@@ -62,18 +62,23 @@ def test_a_comparison_that_does_not_hold_is_void(last, theirs, void):
     assert found["ratios"]["baseline_default"] == pytest.approx((100 + last) / 20, rel=1e-3)
 
 
+def bench(folder: Path, *options: str) -> str:
+    """The command on the tiny model; what it printed."""
+    command = [
+        *(sys.executable, "-m", "glmft.bench", "bench.size=tiny", "data.tokens_per_step=2048"),
+        *("data.tokens_per_batch=2048", "model.compile_layers=auto", "trainer.accelerator=cpu", *options),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_all_sides_on_the_tiny_model(tmp_path):
     """Ours learns what PEFT with the Trainer learns on the same documents, and is at least as fast."""
-    command = [
-        *(sys.executable, "-m", "glmft.bench", "bench.size=tiny", "bench.steps=6", "bench.warmup=2"),
-        *("bench.baseline_steps=4", "data.tokens_per_step=2048", "data.tokens_per_batch=2048", "data.documents=300"),
-        *("bench.baselines=[default]", "model.compile_layers=auto", f"bench.out={tmp_path}", "trainer.accelerator=cpu"),
-        "bench.bounds=false",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((Path(tmp_path) / "result.json").read_text())
+    steps = ("bench.steps=6", "bench.warmup=2", "bench.baseline_steps=4", "data.documents=300")
+    bench(tmp_path, *steps, "bench.baselines=[default]", "bench.bounds=false", f"bench.out={tmp_path}")
+    result = json.loads((tmp_path / "result.json").read_text())
     assert result["parts"]["ours"]["losses"] == result["parts"]["ours_last"]["losses"]
     assert result["verdict"]["losses_apart"]["baseline_default"] < 1e-4
     assert result["verdict"]["ratios"]["baseline_default"] > 1
@@ -84,21 +89,7 @@ def test_all_sides_on_the_tiny_model(tmp_path):
 @pytest.mark.slow
 def test_ceilings_on_the_tiny_model(tmp_path):
     file = tmp_path / "bounds.json"
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "glmft.bench",
-            "bench.size=tiny",
-            "bench.steps=4",
-            "bench.warmup=1",
-            "bench.part=bounds",
-        ),
-        *("data.tokens_per_step=2048", "data.tokens_per_batch=2048", "data.documents=200", f"bench.file={file}"),
-        *("model.compile_layers=auto", "trainer.accelerator=cpu"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    bench(tmp_path, "bench.steps=4", "bench.warmup=1", "data.documents=200", "bench.part=bounds", f"bench.file={file}")
     found = json.loads(file.read_text())
     assert found["matmul"]["tokens_per_sec"] > found["frozen_base"]["tokens_per_sec"] > 0
     assert found["copy_gb_per_sec"] > 0.1
@@ -106,21 +97,8 @@ def test_ceilings_on_the_tiny_model(tmp_path):
 
 def test_the_bench_runs_the_real_step(tmp_path):
     """Our side alone; all sides are in the slow tests."""
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "glmft.bench",
-            "bench.size=tiny",
-            "bench.steps=4",
-            "bench.warmup=1",
-            "bench.bounds=false",
-        ),
-        *("bench.baselines=[]", "data.tokens_per_step=2048", "data.tokens_per_batch=2048", "data.documents=100"),
-        *("model.compile_layers=auto", f"bench.out={tmp_path}", "trainer.accelerator=cpu"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    steps = ("bench.steps=4", "bench.warmup=1", "data.documents=100")
+    bench(tmp_path, *steps, "bench.bounds=false", "bench.baselines=[]", f"bench.out={tmp_path}")
     result = json.loads((tmp_path / "result.json").read_text())
     part = result["parts"]["ours"]
     data = GeneratedData("alpaca_zh", 100, "tiny", tokens_per_batch=2048, tokens_per_step=2048, seed=42)

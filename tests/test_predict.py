@@ -15,8 +15,9 @@ from glmft.files import read_rows as rows
 from glmft.messages import Message
 from glmft.models import load_model, load_tokenizer
 from glmft.models.scoring import score_answers
-from glmft.predict import PREDICTIONS, main, read_prompts
-from glmft.scores import Answer, bootstrap, corpus_bleu, per_answer, repetition, tokens
+from glmft.predict.__main__ import main
+from glmft.predict.asked import read_prompts
+from glmft.scores import PREDICTIONS, Answer, bootstrap, corpus_bleu, per_answer, repetition, tokens
 from glmft.strategies.adapter import load_adapter
 from glmft.tables import as_latex
 

@@ -20,7 +20,10 @@ from test_chat import QUESTIONS, adapter
 
 from glmft.engine import Engine, Sampling, Tuned
 from glmft.messages import Message
-from glmft.serve import Server, main
+from glmft.serve.__main__ import main
+from glmft.serve.app import Server, _message
+from glmft.serve.requests import messages_of, parse
+from glmft.serve.worker import Done
 
 pytestmark = pytest.mark.share("use")
 KEY = "k3y-that-no-log-may-hold"
@@ -120,7 +123,6 @@ def test_seed_and_stop(client, engine):
 def test_tools_are_taken_and_calls_given(engine):
     """What the model says as a call arrives as one; the tiny model has never seen one, so its words are given."""
     from glmft.data.tools import call
-    from glmft.serve import Done, _message, messages_of, parse
 
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
     messages = [
@@ -258,7 +260,7 @@ def test_a_full_queue_is_said(engine, monkeypatch):
     go = threading.Event()
     original = engine.reply
     monkeypatch.setattr(engine, "reply", lambda *a: (go.wait(20), original(*a))[1])
-    monkeypatch.setattr("glmft.serve.TOGETHER", 0)
+    monkeypatch.setattr("glmft.serve.worker.TOGETHER", 0)
 
     async def flood() -> list[int]:
         app = Server(engine, waiting=1, rows=1).app(["*"])

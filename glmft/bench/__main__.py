@@ -4,7 +4,6 @@ what one would use else. Each side is a process of its own: this command again, 
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from omegaconf import DictConfig
 
 from glmft import config
 from glmft.errors import ResourceError
+from glmft.files import read_json, write_json
+from glmft.runs import environment
 
 TOPS = ("bench", "model", "strategy", "data", "optimizer", "scheduler", "trainer", "seed", "paths")
 
@@ -24,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     config.check(cfg, TOPS)
     if cfg.bench.part is not None:
         file = Path(cfg.bench.file)
-        file.write_text(json.dumps(part(cfg, str(cfg.bench.part), file.parent)), encoding="utf-8")
+        write_json(file, part(cfg, str(cfg.bench.part), file.parent), indent=None)
         return
     began = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(cfg.bench.out or Path(cfg.paths.output_dir) / ".bench" / began)
@@ -54,8 +55,7 @@ def run_part(name: str, folder: Path) -> dict[str, Any]:
     (folder / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode:
         raise ResourceError(f"bench.part={name} failed:\n{(done.stderr or done.stdout)[-2000:]}")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    return dict(read_json(file))
 
 
 def part(cfg: DictConfig, name: str, folder: Path) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def part(cfg: DictConfig, name: str, folder: Path) -> dict[str, Any]:
 
     groups = None
     if name.startswith("as_"):
-        groups = json.loads((folder / f"{name.removeprefix('as_')}.json").read_text(encoding="utf-8"))["documents"]
+        groups = read_json(folder / f"{name.removeprefix('as_')}.json")["documents"]
     return ours.measure(cfg, groups)
 
 
@@ -87,14 +87,14 @@ def finish(cfg: DictConfig, parts: dict[str, Any], folder: Path) -> str:
     full = parts["ours"]["settings"]["strategy"] in ("Full", "Freeze")
     result = {
         "command": " ".join(["python -m glmft.bench", *sys.argv[1:]]),
-        "environment": report.environment(),
+        "environment": environment(report.device_name()),
         "documents_sha256": data.documents.sha256,
         "verdict": report.judge(parts),
         "utilisation": report.utilisation(cfg.bench.size, parts["ours"], data, full, int(cfg.bench.warmup)),
         "parts": parts,
         "config": config.plain(cfg),
     }
-    report.write(result, folder / "result.json")
+    write_json(folder / "result.json", result, indent=None)
     return f"{report.table(result)}\n{folder / 'result.json'}"
 
 

@@ -114,8 +114,11 @@ def _train(
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     steps.losses = losses
     tokens = [int(data.documents.lengths[group].sum()) for group in groups]
-    shapes = [len(group) * max(data.documents.lengths[group]) for group in _micro_batches(groups, batch, by_row)]
-    padded = len(groups) * batch * ROW if by_row else int(np.sum(shapes))
+    if by_row:
+        padded = len(groups) * batch * ROW
+    else:
+        batches = [group[k : k + batch] for group in groups for k in range(0, len(group), batch)]
+        padded = sum(len(b) * int(max(data.documents.lengths[b])) for b in batches)
     return steps.result(tokens) | {
         "documents": groups,
         "settings": {
@@ -132,10 +135,6 @@ def _train(
             "optimizer": type(trainer.optimizer).__name__,
         },
     }
-
-
-def _micro_batches(groups: list[list[int]], batch: int, by_row: Any) -> list[list[int]]:
-    return [g[k : k + batch] for g in groups for k in range(0, len(g), batch)] if by_row is None else []
 
 
 def _cast_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:

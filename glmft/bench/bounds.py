@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from glmft.bench.measured import Steps
+from glmft.bench.measured import Steps, synchronize
 from glmft.bench.model import SIZES, random_model
 from glmft.bench.ours import build
 from glmft.data.datamodule import PlannedDataset
@@ -61,7 +61,7 @@ def matmuls(cfg: DictConfig, device: torch.device, dtype: torch.dtype, rows: int
             torch.mm(x, w.T, out=y)
             torch.mm(y, w, out=x)
 
-        seconds += times * _seconds(both, device)
+        seconds += times * _seconds(both)
         done += times * 4.0 * n * out * into
     return {"tokens_per_sec": round(rows / seconds, 1), "tflops": round(done / seconds / 1e12, 1)}
 
@@ -71,17 +71,15 @@ def copy(device: torch.device) -> float:
     size = 2**30 if device.type == "cuda" else 2**26
     a = torch.empty(size, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
-    return round(2 * size / _seconds(lambda: b.copy_(a), device) / 1e9, 1)
+    return round(2 * size / _seconds(lambda: b.copy_(a)) / 1e9, 1)
 
 
-def _seconds(f: Any, device: torch.device) -> float:
+def _seconds(f: Any) -> float:
     for _ in range(3):
         f()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize()
     began = time.perf_counter()
     for _ in range(TIMES):
         f()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize()
     return (time.perf_counter() - began) / TIMES

@@ -21,7 +21,7 @@ class Steps:
 
     def begin(self) -> None:
         """Starts the clock of the next step; what building the model took is no part of the peak."""
-        _synchronize()
+        synchronize()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -29,7 +29,7 @@ class Steps:
 
     def done(self, loss: float | None = None) -> None:
         """A step is done."""
-        _synchronize()
+        synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self._at)
         self._at = now
@@ -61,6 +61,7 @@ def memory() -> dict[str, float]:
     return {"allocated_gib": round(allocated / 2**30, 2), "reserved_gib": round(reserved / 2**30, 2)}
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Waits for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

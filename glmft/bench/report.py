@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +14,6 @@ PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "4090": 165.2, "3090
 """Dense bf16 products, from the vendors' data sheets; H100 and H200 as SXM."""
 DRIFT, LOSSES_APART = 0.03, 0.02  # beyond which a comparison is void
 COMPARED = 20  # step whose losses must agree
-PACKAGES = ("torch", "transformers", "lightning", "peft", "bitsandbytes")
 
 
 def judge(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -57,27 +51,13 @@ def utilisation(size: Size, part: dict[str, Any], data: GeneratedData, full: boo
     chosen = [i for group in part["documents"][warmup:] for i in group]
     work = flops(size, data.documents.lengths[chosen], int(data.documents.num_supervised[chosen].sum()), full)
     tflops = work / sum(part["seconds"][warmup:]) / 1e12
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
+    peak = next((v for k, v in PEAK_TFLOPS.items() if k in device_name()), None)
     return {"tflops": round(tflops, 1), "mfu": round(tflops / peak, 4) if peak else None}
 
 
-def environment() -> dict[str, Any]:
-    """Where and with what this ran."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD") if (root / ".git").exists() else None
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
-        "commit": commit,
-        "clean": git("status", "--porcelain") == "" if commit else None,
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-    }
+def device_name() -> str:
+    """The GPU's, or "CPU"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -111,9 +91,3 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"losses at step {COMPARED}, {k}: {v:.2%} apart" for k, v in verdict["losses_apart"].items()]
     lines += [f"VOID: {reason}" for reason in verdict["void"]]
     return "\n".join(lines)
-
-
-def write(result: dict[str, Any], file: Path) -> None:
-    """Everything, as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")

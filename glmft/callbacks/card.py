@@ -8,6 +8,7 @@ import lightning as L
 
 from glmft import __version__
 from glmft.callbacks.verdict import verdict_of
+from glmft.models.saving import LICENCE
 from glmft.module import FineTuner
 from glmft.verdict import summary_lines
 
@@ -35,9 +36,7 @@ The command that made it:
 {command}
 ```
 
-The base model's licence applies. ChatGLM3's weights are free for research; commercial use asks for a registration
-with its publisher.
-"""
+{licence}"""
 
 
 def model_card(trainer: L.Trainer, tuner: FineTuner, run_dir: Path) -> str:
@@ -46,6 +45,7 @@ def model_card(trainer: L.Trainer, tuner: FineTuner, run_dir: Path) -> str:
     command = run_dir / "command.txt"
     verdict = verdict_of(trainer)
     return _CARD.format(
+        licence=LICENCE,
         base=tuner.path,
         library="peft" if tuner.tuning.output == "adapter" else "transformers",
         strategy=type(tuner.tuning).__name__.lower(),

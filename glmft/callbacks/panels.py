@@ -18,8 +18,8 @@ from glmft.callbacks.compare import Compare
 from glmft.callbacks.progress import duration
 from glmft.callbacks.samples import SampleAnswers
 from glmft.callbacks.verdict import verdict_of
-from glmft.data.datamodule import InstructionData
-from glmft.module import FineTuner, total_steps
+from glmft.data.datamodule import InstructionData, total_steps
+from glmft.module import FineTuner
 from glmft.verdict import summary_lines
 
 FEW_STEPS = 50

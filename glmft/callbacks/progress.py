@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from glmft.callbacks import find_callback
 from glmft.callbacks.record import RunRecord
-from glmft.module import total_steps
+from glmft.data.datamodule import total_steps
 from glmft.schema import Rate
 
 

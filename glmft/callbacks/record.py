@@ -12,7 +12,8 @@ import torch
 
 from glmft.callbacks.plot import plot_losses
 from glmft.data.collate import Batch
-from glmft.module import FineTuner, total_steps
+from glmft.data.datamodule import total_steps
+from glmft.module import FineTuner
 from glmft.runs import Run, State, Status
 from glmft.schema import Positive
 

@@ -239,3 +239,16 @@ class InstructionData(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
+
+
+def total_steps(trainer: L.Trainer) -> int:
+    """Optimizer steps of the whole run, from the data's plan.
+
+    Lightning's `estimated_stepping_batches` would start the loader before a checkpoint is restored, at position 0.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, InstructionData)
+    limits = [trainer.max_steps] if trainer.max_steps != -1 else []
+    if trainer.max_epochs not in (None, -1):
+        limits.append(trainer.max_epochs * data.steps_per_epoch(trainer.world_size))
+    return min(limits)

@@ -20,6 +20,12 @@ from glmft.models.tokenizer import ChatGLM3Tokenizer
 
 Layout = Literal["chatglm", "glm_hf"]
 
+LICENCE = """\
+The base model's licence applies. ChatGLM3's weights are free for research; commercial use asks for a registration
+with its publisher.
+"""
+"""What every model card ends with."""
+
 
 def published_state_dict(model: GlmForCausalLM) -> dict[str, torch.Tensor]:
     """The model's tensors under the published names, `inv_freq` included."""

@@ -80,10 +80,7 @@ def write_adapter(folder: Path, state: dict[str, torch.Tensor], rank: int, base:
     targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in state})
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True)
     config.base_model_name_or_path = base
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    _write(folder, config.to_dict() | {"target_modules": targets}, state, card)
 
 
 def _checked(path: Path, model: Any) -> tuple[LoraConfig, dict[str, torch.Tensor], Path]:
@@ -170,8 +167,13 @@ def write_published(source: str | Path, folder: Path, model: Any) -> None:
     raw, state = read_adapter(Path(source), model)
     with _named(source):
         raw, state = to_published(raw, state, model.config)
+    card = Path(source) / "README.md"
+    _write(folder, raw, state, card.read_text(encoding="utf-8") if card.is_file() else "")
+
+
+def _write(folder: Path, raw: dict[str, Any], state: dict[str, torch.Tensor], card: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / CONFIG, raw)
-    if (card := Path(source) / "README.md").is_file():
-        (folder / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")

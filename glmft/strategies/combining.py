@@ -20,6 +20,16 @@ Pair = tuple[Tensor, Tensor]
 """(down A [r, in], up B [out, r]): the change of a layer's weight is B A."""
 
 
+def check_plain(raw: Mapping[str, Any], doing: str) -> None:
+    """Raises:
+    UserError: settings by layer name, or a start out of the base's weights: neither survives what is being done.
+    """
+    if raw.get("rank_pattern") or raw.get("alpha_pattern"):
+        raise UserError(f"ranks or alphas that differ by layer are not {doing}")
+    if str(raw.get("init_lora_weights")).startswith(MOVE_THE_BASE):
+        raise UserError(f"init_lora_weights={raw['init_lora_weights']} moves the base's weights, which is not {doing}")
+
+
 def pairs_of(raw: Mapping[str, Any], state: State) -> dict[str, Pair]:
     """Layer -> its change, with the adapter's scaling inside B.
 
@@ -28,10 +38,9 @@ def pairs_of(raw: Mapping[str, Any], state: State) -> dict[str, Pair]:
     """
     if raw.get("use_dora"):
         raise UserError("a DoRA adapter is no sum of low rank; export it merged instead")
-    if raw.get("rank_pattern") or raw.get("alpha_pattern"):
-        raise UserError("ranks or alphas that differ by layer are not combined")
-    if str(raw.get("init_lora_weights")).startswith(MOVE_THE_BASE) or raw.get("lora_bias"):
-        raise UserError("an adapter that moves the base's weights, or has biases, is not combined; export it merged")
+    check_plain(raw, "combined; export it merged")
+    if raw.get("lora_bias"):
+        raise UserError("an adapter with biases is not combined; export it merged")
     rank = raw["r"]
     scaling = raw["lora_alpha"] / (math.sqrt(rank) if raw.get("use_rslora") else rank)
     end = ".lora_A.weight"
@@ -92,12 +101,17 @@ def changes(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[str, Tensor, fl
         yield name, change, float(change.norm() / before.norm().clamp(min=1e-30))
 
 
+def padded(pair: Pair, rank: int) -> Pair:
+    """The same change at a larger rank: filled up with zeros."""
+    down, up = pair
+    missing = rank - down.shape[0]
+    return nn.functional.pad(down, (0, 0, 0, missing)).contiguous(), nn.functional.pad(up, (0, missing)).contiguous()
+
+
 def as_state(pairs: Mapping[str, Pair]) -> tuple[int, State]:
     """(rank, tensors) in PEFT's names; where a layer's rank is smaller it is filled up with zeros."""
     rank = max(down.shape[0] for down, _ in pairs.values())
     state = {}
-    for name, (down, up) in pairs.items():
-        missing = rank - down.shape[0]
-        state[f"{name}.lora_A.weight"] = nn.functional.pad(down, (0, 0, 0, missing)).contiguous()
-        state[f"{name}.lora_B.weight"] = nn.functional.pad(up, (0, missing)).contiguous()
+    for name, pair in pairs.items():
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = padded(pair, rank)
     return rank, state

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GlmConfig
 
 from glmft.errors import UserError
-from glmft.strategies.combining import MOVE_THE_BASE
+from glmft.strategies.combining import check_plain, padded
 
 PREFIX = "base_model.model."
 FUSED = "self_attention.query_key_value"
@@ -29,6 +29,7 @@ OTHERS = {
     "mlp.dense_h_to_4h": "mlp.gate_up_proj",
     "mlp.dense_4h_to_h": "mlp.down_proj",
 }
+DOWN, UP = "lora_A.weight", "lora_B.weight"
 _PUBLISHED = re.compile(r"transformer\.encoder\.layers\.(\d+)\.(.+?)\.(lora_.+)")
 _GLM = re.compile(r"model\.layers\.(\d+)\.(.+?)\.(lora_.+)")
 
@@ -40,18 +41,6 @@ Parts = dict[tuple[str, str], State]
 def is_published(state: Mapping[str, Tensor]) -> bool:
     """Whether the names are those of the published layout."""
     return any("transformer.encoder.layers." in name for name in state)
-
-
-def _check(raw: Mapping[str, Any]) -> None:
-    """Raises:
-    UserError: settings by layer name, or a start out of the base's weights: neither is the same in other names.
-    """
-    if raw.get("rank_pattern") or raw.get("alpha_pattern"):
-        raise UserError("ranks or alphas that differ by layer are not translated to other layer names")
-    if str(raw.get("init_lora_weights")).startswith(MOVE_THE_BASE):
-        raise UserError(
-            f"init_lora_weights={raw['init_lora_weights']} moves the base's weights, by layer; not translated"
-        )
 
 
 def _parts(state: State, pattern: re.Pattern[str]) -> Parts:
@@ -75,7 +64,7 @@ def to_glm(raw: Mapping[str, Any], state: State, config: GlmConfig) -> tuple[dic
     Raises:
         UserError: a tensor has no place there (named).
     """
-    _check(raw)
+    check_plain(raw, "translated to other layer names")
     out: State = {}
     modules = set()
     for (layer, module), tensors in _parts(state, _PUBLISHED).items():
@@ -103,15 +92,14 @@ def to_published(raw: Mapping[str, Any], state: State, config: GlmConfig) -> tup
     Raises:
         UserError: DoRA on some of q, k, v only, whose other rows have no magnitudes.
     """
-    _check(raw)
+    check_plain(raw, "translated to other layer names")
     found = _parts(state, _GLM)
     rank = int(raw["r"])
-    shared = all(
-        torch.equal(found[(layer, m)]["lora_A.weight"], found[(layer, QKV[0])]["lora_A.weight"])
-        for layer, m in found
-        if m in QKV and (layer, QKV[0]) in found
-    ) and all((layer, QKV[0]) in found for layer, m in found if m in QKV)
-    stacked = any(m in QKV for _, m in found) and not shared
+    stacked = not all(
+        (layer, QKV[0]) in found and torch.equal(parts[DOWN], found[(layer, QKV[0])][DOWN])
+        for (layer, module), parts in found.items()
+        if module in QKV
+    )
     wanted = rank * (len(QKV) if stacked else 1)
     out: State = {}
     modules = set()
@@ -122,14 +110,11 @@ def to_published(raw: Mapping[str, Any], state: State, config: GlmConfig) -> tup
             raise UserError(f"the adapter has {module}, for which the published layout has no exact name")
         modules.add(published.rpartition(".")[2])
         place = f"{PREFIX}transformer.encoder.layers.{layer}.{published}."
-        if place + "lora_A.weight" in out:
+        if place + DOWN in out:
             continue  # the other two of q, k, v
         tensors = _fused(found, layer, config, stacked) if module in QKV else found[(layer, module)]
-        for kind, tensor in tensors.items():
-            missing = wanted - tensor.shape[0 if "lora_A" in kind else -1] if kind.endswith("weight") else 0
-            padding = (0, 0, 0, missing) if "lora_A" in kind else (0, missing)
-            fill = "lora_A" in kind or "lora_B" in kind
-            out[place + kind] = torch.nn.functional.pad(tensor, padding) if fill and missing else tensor.clone()
+        down, up = padded((tensors[DOWN], tensors[UP]), wanted)
+        out |= {place + kind: tensor.clone() for kind, tensor in (tensors | {DOWN: down, UP: up}).items()}
     grown = wanted / rank
     scale = math.sqrt(grown) if raw.get("use_rslora") else grown
     alpha = raw["lora_alpha"] * scale
@@ -143,12 +128,12 @@ def _fused(found: Parts, layer: str, config: GlmConfig, stacked: bool) -> State:
     given = [p for p in parts if p is not None]
     blocks = []
     for part, rows in zip(parts, _rows(config), strict=True):
-        like = given[0]["lora_B.weight"]
-        blocks.append(like.new_zeros(rows, like.shape[1]) if part is None else part["lora_B.weight"])
-    out = {"lora_A.weight": given[0]["lora_A.weight"], "lora_B.weight": torch.cat(blocks)}
+        like = given[0][UP]
+        blocks.append(like.new_zeros(rows, like.shape[1]) if part is None else part[UP])
+    out = {DOWN: given[0][DOWN], UP: torch.cat(blocks)}
     if stacked:
-        downs = [given[0]["lora_A.weight"] * 0 if p is None else p["lora_A.weight"] for p in parts]
-        out = {"lora_A.weight": torch.cat(downs), "lora_B.weight": torch.block_diag(*blocks)}
+        downs = [given[0][DOWN] * 0 if p is None else p[DOWN] for p in parts]
+        out = {DOWN: torch.cat(downs), UP: torch.block_diag(*blocks)}
     for kind in given[0]:
         if kind in out:
             continue
