@@ -115,16 +115,11 @@ def export(
     merged = glm(model)
     kept = str(merged.lm_head.weight.dtype).removeprefix("torch.")
     own = (tuned.adapter or tuned.model or Path()) / "README.md"
-    told = f"How it was trained, as its own card says:\n\n{_body(own, LICENCE)}\n" if own.is_file() else ""
-    card = CARD.format(
-        **{"base": tuned.base, "source": source, "layout": layout, "card": told, "name": target.name, "dtype": kept},
-        version=__version__,
-        licence=LICENCE,
-    )
+    card = {"base": tuned.base, "source": source, "layout": layout, "dtype": kept, "name": target.name}
 
     def write(part: Path) -> None:
         save_model(merged, part, layout, tokenizer, shard_size)
-        (part / "README.md").write_text(card, encoding="utf-8")
+        (part / "README.md").write_text(_card(own, card, LICENCE), encoding="utf-8")
 
     difference = write_compared(
         target,
@@ -144,11 +139,14 @@ def export(
     }
 
 
-def _body(card: Path, licence: str) -> str:
-    """A card without its header and its paragraph on the licence."""
-    text = card.read_text(encoding="utf-8")
-    text = text.split("---\n", 2)[-1] if text.startswith("---\n") else text
-    return text.partition(licence)[0].strip()
+def _card(own: Path, told: dict[str, Any], licence: str) -> str:
+    """The card of what was merged; what its `own` card says stands in it once, without header and licence."""
+    body = ""
+    if own.is_file():
+        text = own.read_text(encoding="utf-8")
+        text = text.split("---\n", 2)[-1] if text.startswith("---\n") else text
+        body = f"How it was trained, as its own card says:\n\n{text.partition(licence)[0].strip()}\n"
+    return CARD.format(**told, card=body, version=__version__, licence=licence)
 
 
 def export_adapter(source: str, target: Path, base: str | None, layout: Any, device: str) -> dict[str, Any]:

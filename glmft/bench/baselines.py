@@ -71,21 +71,10 @@ def _train(
     by_row: list[list[list[int]]] | None = None,
 ) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
-    device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     strategy = config.instantiate(cfg.strategy)
     full = strategy.output == "model"
-    model: Any = random_model(cfg.bench.size, device, dtype, strategy.quantization(dtype), "sdpa")
-    torch.manual_seed(cfg.seed)
-    if full:
-        model.requires_grad_(True)
-    else:
-        options = strategy.config.to_dict()
-        kept = {k: options[k] for k in ("r", "lora_alpha", "lora_dropout", "target_modules")}
-        fp32 = kind == "default"
-        model = get_peft_model(model, LoraConfig(**kept, task_type="CAUSAL_LM"), autocast_adapter_dtype=fp32)
-        if not fp32:
-            model.to(dtype=dtype) if strategy.quantization(dtype) is None else _cast_adapters(model, dtype)
-    model.config.use_cache = False
+    model = _model(cfg, strategy, torch.device("cuda" if on_gpu else "cpu"), dtype, fp32_adapters=kind == "default")
     items = _rows(data, by_row) if by_row else [_sample(data, i) for group in groups for i in group]
     steps = Steps(min(int(cfg.bench.warmup), len(groups) // 2))
     with tempfile.TemporaryDirectory() as folder:
@@ -135,6 +124,23 @@ def _train(
             "optimizer": type(trainer.optimizer).__name__,
         },
     }
+
+
+def _model(cfg: DictConfig, strategy: Any, device: torch.device, dtype: torch.dtype, fp32_adapters: bool) -> Any:
+    """The same random weights as ours, all of which learn, or with PEFT's adapters."""
+    quantization = strategy.quantization(dtype)
+    model: Any = random_model(cfg.bench.size, device, dtype, quantization, "sdpa")
+    torch.manual_seed(cfg.seed)
+    if strategy.output == "model":
+        model.requires_grad_(True)
+    else:
+        options = strategy.config.to_dict()
+        kept = {k: options[k] for k in ("r", "lora_alpha", "lora_dropout", "target_modules")}
+        model = get_peft_model(model, LoraConfig(**kept, task_type="CAUSAL_LM"), autocast_adapter_dtype=fp32_adapters)
+        if not fp32_adapters:
+            model.to(dtype=dtype) if quantization is None else _cast_adapters(model, dtype)
+    model.config.use_cache = False
+    return model
 
 
 def _cast_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:
